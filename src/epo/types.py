@@ -1,0 +1,190 @@
+"""The records that travel between stages. Imports nothing of ours and no torch, so environment workers stay light.
+
+Legend for array suffixes: _T tokens of one row, in order.
+
+Example::
+
+    Task -> Observation -> Turn, Turn, ... -> Trajectory -> TrajectoryGroup -> PackedBatch
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float32]
+BoolArray = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """One thing to do, named so that it can be done again.
+
+    Example::
+
+        Task(suite="scienceworld", id="find-animal/17", split="train", seed=0, goal="find-animal")
+    """
+
+    suite: str
+    id: str
+    """Unique inside its suite; enough, together with `seed`, to reset the environment to the same start."""
+    split: str
+    """`train`, `iid` or `ood`; a suite may define more."""
+    seed: int = 0
+    goal: str = ""
+    """A short name of what is asked (the task type). Reports group by it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Observation:
+    """What the agent reads before it acts."""
+
+    text: str
+    admissible_actions: tuple[str, ...] | None = None
+    """What may be done now, as the environment tells it; None when it does not tell."""
+    goal: str | None = None
+    """The instruction in words. Set on the first observation of an episode only; `text` does not repeat it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """What an environment answers to an action: Gymnasium's five-tuple, text only."""
+
+    observation: Observation
+    reward: float
+    terminated: bool
+    """The task itself ended the episode."""
+    truncated: bool = False
+    """A limit ended the episode."""
+    success: bool = False
+    """Full success by the environment's own definition. Only ever true with `terminated`."""
+    score: float = 0.0
+    """Progress so far in [0, 1]; 1 means full success."""
+    understood: bool = True
+    """False when the environment could not interpret the action at all."""
+
+
+class StopReason(StrEnum):
+    """Why a trajectory ended. Logged as one share per reason under `stop/<reason>`."""
+
+    SUCCESS = "success"
+    FAILURE = "failure"
+    MAX_TURNS = "max_turns"
+    CONTEXT_OVERFLOW = "context_overflow"
+    ENVIRONMENT_ERROR = "environment_error"
+
+    @property
+    def is_error(self) -> bool:
+        """True when the environment, not the agent, ended the episode: nothing can be learnt from its outcome."""
+        return self is StopReason.ENVIRONMENT_ERROR
+
+    @property
+    def is_truncated(self) -> bool:
+        return self in (StopReason.MAX_TURNS, StopReason.CONTEXT_OVERFLOW)
+
+
+@dataclass(kw_only=True, slots=True)
+class Turn:
+    """One observation-action exchange, with the exact tokens the policy read and wrote.
+
+    `prompt_ids` and `response_ids` are what the sampler saw and drew; they are never re-encoded from text.
+    """
+
+    prompt_ids: IntArray
+    """[P] everything the policy read before it answered."""
+    response_ids: IntArray
+    """[R] what it drew, the end-of-turn token included when it drew one. Every one of them is trained."""
+    logprobs: FloatArray
+    """[R] log-probabilities under the sampling policy at training temperature, natural log."""
+    entropy: FloatArray
+    """[R] full-vocabulary entropy of the distribution each token was drawn from, in nats."""
+    observation: str
+    response: str
+    action: str
+    """What was sent to the environment."""
+    is_valid: bool
+    """The response had the required format."""
+    understood: bool = True
+    """The environment could interpret the action."""
+    reward: float = 0.0
+    """Environment reward minus penalties, given for this turn."""
+    score: float = 0.0
+
+
+@dataclass(kw_only=True, slots=True)
+class Trajectory:
+    """One whole episode."""
+
+    task: Task
+    turns: list[Turn] = field(default_factory=list[Turn])
+    stop_reason: StopReason = StopReason.MAX_TURNS
+    success: bool = False
+    score: float = 0.0
+    error: str | None = None
+    """What the environment said when it failed, for `StopReason.ENVIRONMENT_ERROR`."""
+    restarts: int = 0
+    """How often the environment died and the episode was replayed into a new one."""
+
+    @property
+    def total_reward(self) -> float:
+        return sum(turn.reward for turn in self.turns)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of sampled (trained) tokens."""
+        return sum(len(turn.response_ids) for turn in self.turns)
+
+
+@dataclass(kw_only=True, slots=True)
+class TrajectoryGroup:
+    """Trajectories of the same task. Group-relative advantages never look outside it."""
+
+    task: Task
+    trajectories: list[Trajectory]
+
+    @property
+    def survivors(self) -> list[Trajectory]:
+        """The trajectories that can be trained on: at least one turn, and no environment error."""
+        return [t for t in self.trajectories if t.turns and not t.stop_reason.is_error]
+
+
+@dataclass(kw_only=True, slots=True)
+class PackedRow:
+    """One training row: a token sequence in which some tokens are trained.
+
+    Example, two turns merged (prompts P, observation O, responses A)::
+
+        token_ids    = P P P A A O O A A
+        trained      = 0 0 0 1 1 0 0 1 1
+        turn_ids     = - - - 0 0 - - 1 1      (-1 where not trained)
+    """
+
+    token_ids_T: IntArray
+    trained_T: BoolArray
+    turn_ids_T: IntArray
+    logprobs_T: FloatArray
+    """Sampling log-probabilities; 0 where not trained."""
+    trajectory_id: int
+
+    def __len__(self) -> int:
+        return len(self.token_ids_T)
+
+
+@dataclass(kw_only=True, slots=True)
+class PackedBatch:
+    """All training rows of one RL step. Row order follows trajectory order, then turn order."""
+
+    rows: list[PackedRow]
+    num_trajectories: int
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(row) for row in self.rows)
+
+    @property
+    def num_trained(self) -> int:
+        return sum(int(row.trained_T.sum()) for row in self.rows)
