@@ -1,0 +1,77 @@
+"""Prompt templates: one Jinja file each, for both contexts.
+
+A template sees `goal`, `observation`, `admissible_actions` (or None), `turn` (from 0), `transcript` and `think` (bool),
+`first` (the goal must be said: first turn of a transcript, every turn of a window), and for the window context `history`
+(the last pairs: `.number`, `.observation`, `.action`) and `actions` (all earlier actions).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from jinja2 import StrictUndefined, Template, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
+
+from epo.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    number: int
+    observation: str
+    action: str
+
+
+class Prompt:
+    """A template by shipped name or by path."""
+
+    def __init__(self, name: str, *, think: bool, transcript: bool) -> None:
+        self._template = _load(name)
+        self._think = think
+        self._transcript = transcript
+
+    def render(
+        self,
+        observation: str,
+        *,
+        goal: str,
+        admissible_actions: Sequence[str] | None,
+        history: Sequence[Pair] = (),
+        actions: Sequence[str] = (),
+    ) -> str:
+        """The text of one user message."""
+        return self._template.render(
+            observation=observation,
+            goal=goal,
+            admissible_actions=admissible_actions,
+            history=history,
+            actions=actions,
+            turn=len(actions),
+            first=not self._transcript or not actions,
+            think=self._think,
+            transcript=self._transcript,
+        )
+
+
+def prompt_names() -> list[str]:
+    """Names of the templates that ship with the package."""
+    return sorted(f.name.removesuffix(".j2") for f in resources.files(__name__).iterdir() if f.name.endswith(".j2"))
+
+
+def _load(name: str) -> Template:
+    shipped = resources.files(__name__) / f"{name}.j2"
+    path = shipped if shipped.is_file() else Path(name)
+    if not path.is_file():
+        raise UserError(
+            f"agent.prompt={name!r} is neither a shipped template ({', '.join(prompt_names())}) nor a file: "
+            "give one of the names or the path of a Jinja file"
+        )
+    # Sandboxed: a template file may come from somebody else.
+    environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=False, autoescape=False)
+    try:
+        return environment.from_string(path.read_text(encoding="utf-8"))
+    except (TemplateError, UnicodeDecodeError) as error:
+        raise UserError(f"agent.prompt={name!r} is not a valid Jinja template: {error}") from None
