@@ -1,0 +1,162 @@
+"""Suites by name: the built-in ones, those that installed packages offer, and those a program registers itself.
+
+A suite is known as `module:Class` and imported only when it is asked for, so that no suite pays for another's
+dependencies and a worker process can build its own copy from plain data.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from epo.environments.base import TaskSuite
+from epo.errors import UserError
+
+ENTRY_POINT_GROUP = "epo.environments"
+
+_BUILT_IN = {
+    "alfworld": "epo.environments.alfworld:AlfworldSuite",
+    "corridor": "epo.environments.corridor:CorridorSuite",
+    "household": "epo.environments.alfworld:HouseholdSuite",
+    "scienceworld": "epo.environments.scienceworld:ScienceWorldSuite",
+}
+_EXTRA = {"alfworld": "alfworld", "household": "alfworld", "scienceworld": "scienceworld"}
+_registered: dict[str, str] = {}
+
+
+def register_suite(name: str, target: str) -> None:
+    """Make a suite known to this process and to the pools it creates, without packaging it.
+
+    Args:
+        name: what `make_suite` and recipes call it.
+        target: `module:Class`; the module must be importable from `sys.path` (a worker process imports it afresh).
+
+    Raises:
+        UserError: the name is taken by something else, or the target has not the form `module:Class`.
+    """
+    module, _, attribute = target.partition(":")
+    if not module or not attribute:
+        raise UserError(f"suite {name!r}: target {target!r} must have the form 'module:Class'")
+    known = _targets().get(name)
+    if known not in (None, target):
+        raise UserError(f"suite {name!r} already exists as {known}; choose another name")
+    _registered[name] = target
+
+
+def suite_names() -> list[str]:
+    """The names of all known suites, sorted. Imports none of them."""
+    return sorted(_targets())
+
+
+def make_suite(name: str, options: Mapping[str, Any] | None = None) -> TaskSuite:
+    """Build a suite from its name and its options (plain data, as written in a recipe).
+
+    Raises:
+        UserError: unknown suite, unknown or missing option, an option of the wrong type, or a package that is not
+            installed; the message says what would be right.
+    """
+    return load_suite(name, resolve_suite(name), options)
+
+
+def resolve_suite(name: str) -> str:
+    """The `module:Class` behind a suite's name.
+
+    Raises:
+        UserError: unknown suite.
+    """
+    targets = _targets()
+    if name not in targets:
+        raise UserError(f"unknown suite {name!r}{_nearest(name, targets)}; known suites: {', '.join(sorted(targets))}")
+    return targets[name]
+
+
+def load_suite(name: str, target: str, options: Mapping[str, Any] | None = None) -> TaskSuite:
+    """`make_suite` for a target that is resolved already, as workers receive it."""
+    module_name, _, attribute = target.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        hint = f"pip install 'epo-agents[{_EXTRA[name]}]'" if name in _EXTRA else f"install what {target} needs"
+        raise UserError(f"suite {name!r}: the Python package {error.name!r} is not installed; {hint}") from error
+    suite_class = getattr(module, attribute, None)
+    if not (isinstance(suite_class, type) and issubclass(suite_class, TaskSuite)):
+        raise UserError(f"suite {name!r}: {target} is not a TaskSuite class")
+    options = dict(options or {})
+    _check_options(name, suite_class, options)
+    return suite_class(**options)
+
+
+def _targets() -> dict[str, str]:
+    from importlib.metadata import entry_points  # 30 ms that workers need not spend
+
+    targets = dict(_BUILT_IN)
+    offers = [(point.name, point.value) for point in entry_points(group=ENTRY_POINT_GROUP)]
+    for name, target in [*offers, *_registered.items()]:
+        if targets.setdefault(name, target) != target:
+            raise UserError(f"suite {name!r} is offered twice, as {targets[name]} and as {target}; uninstall one")
+    return targets
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {matches[0]!r}?" if matches else ""
+
+
+def _check_options(name: str, suite_class: type[TaskSuite], options: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(suite_class).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    named = {key: p for key, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    hints = get_type_hints(suite_class.__init__)
+    for key, value in options.items():
+        if key not in named and not takes_any:
+            known = f"its options: {', '.join(named)}" if named else "it takes no options"
+            raise UserError(f"suite {name!r} has no option {key!r}{_nearest(key, named)}; {known}")
+        if not _fits(value, hints.get(key, Any)):
+            raise UserError(f"suite {name!r}: option {key!r} must be {_describe(hints[key])}, not {value!r}")
+    missing = [key for key, p in named.items() if p.default is p.empty and key not in options]
+    if missing:
+        raise UserError(f"suite {name!r} needs the option {missing[0]!r}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether plain data has the annotated type. Lists pass for tuples, text for paths, integers for floats."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is Literal:
+        return value in arguments
+    kind = origin or hint
+    if not isinstance(kind, type):  # Any, type variables and the like say nothing that could be checked
+        return True
+    if kind is float or kind is int:
+        return isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+    if kind is Path:
+        return isinstance(value, (str, Path))
+    if issubclass(kind, Mapping):
+        return isinstance(value, Mapping) and all(
+            _fits(k, arguments[0]) and _fits(v, arguments[1]) for k, v in value.items() if arguments
+        )
+    if kind is tuple and arguments and arguments[-1] is not ...:
+        return (
+            isinstance(value, (list, tuple))
+            and len(value) == len(arguments)
+            and all(_fits(v, a) for v, a in zip(value, arguments, strict=True))
+        )
+    if kind is not str and issubclass(kind, Collection) and issubclass(kind, Sequence | set | frozenset):
+        return isinstance(value, (list, tuple)) and all(_fits(v, arguments[0]) for v in value if arguments)
+    return isinstance(value, kind)
+
+
+def _describe(hint: Any) -> str:
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(_describe(argument) for argument in get_args(hint))
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(repr(argument) for argument in get_args(hint))
+    if hint is NoneType:
+        return "null"
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
