@@ -1,8 +1,8 @@
 """A corridor of coloured doors: an environment without dependencies, for learning and for tests.
 
-The agent stands before a door, sees its colour, and must say the one of `choices` words that opens doors of this colour.
-The goal states the rule. Only the end of the corridor pays, so a corridor is a long, sparse-reward task in miniature, and
-its optimum and the luck of a random agent are known exactly::
+The agent stands before a door, sees its colour, and must say the one of `choices` words that opens doors of this
+colour. The goal states the rule. Only the end of the corridor pays, so a corridor is a long, sparse-reward task in
+miniature, and its optimum and the luck of a random agent are known exactly::
 
     goal    Walk to the end of the corridor: push red doors, pull blue doors and slide green doors.
     text    You stand before a blue door. 3 doors are left.
@@ -131,11 +131,12 @@ class CorridorSuite(TaskSuite):
         self._choices, self._strict = choices, strict
         seen = _draw(2 * tasks, length=length, choices=choices, seed=f"{seed}/seen")
         unseen = _draw(tasks, length=ood_length, choices=choices, seed=f"{seed}/ood")
-        self._tasks = {
-            split: [Task(suite=self.name, id=f"{split}/{'-'.join(d)}", split=split, goal=f"{len(d)}-doors") for d in drawn]
-            for split, drawn in {"train": seen[:tasks], "iid": seen[tasks:], "ood": unseen}.items()
-        }
+        drawn = {"train": seen[:tasks], "iid": seen[tasks:], "ood": unseen}
+        self._tasks = {split: [self._task(split, doors) for doors in corridors] for split, corridors in drawn.items()}
         self._options = {"length": length, "choices": choices, "tasks": tasks, "ood_length": ood_length, "seed": seed}
+
+    def _task(self, split: str, doors: tuple[str, ...]) -> Task:
+        return Task(suite=self.name, id=f"{split}/{'-'.join(doors)}", split=split, goal=f"{len(doors)}-doors")
 
     def tasks(self, split: str) -> Sequence[Task]:
         if split not in self._tasks:

@@ -1,0 +1,198 @@
+"""A worker process that owns one environment, seen from both sides: `main` runs in it, `Worker` is the parent's handle.
+
+They talk over a socket pair in length-prefixed pickles of our own records. Exceptions travel as text, so that a class
+the parent lacks cannot break it. The process is a plain `python -c`, not a fork and not `multiprocessing`: it imports
+neither the parent's main script nor torch, and it leads its own process group, so that a JVM it starts dies with it and
+Ctrl-C at the terminal does not reach it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import pickle
+import queue
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any, Literal, NamedTuple
+
+from epo.environments.base import TextEnv
+from epo.environments.registry import load_suite
+from epo.errors import UserError
+from epo.types import Task
+
+_BOOT = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from epo.environments._worker import main
+main(int(sys.argv[2]))
+"""
+_LENGTH = struct.Struct("!Q")
+_LAST_WORDS = 2000  # bytes of a dead worker's stderr that go into the log
+
+
+class Request(NamedTuple):
+    """One call of an environment's method."""
+
+    method: Literal["reset", "step", "demonstration"]
+    argument: Task | str
+
+
+class Answer(Enum):
+    READY = "the environment is built"
+    VALUE = "what the method returned"
+    USER_ERROR = "the text of a UserError"
+    FAILURE = "the type and text of any other exception"
+
+
+class Lost(ConnectionError):
+    """The worker process is gone."""
+
+
+class Worker:
+    """The parent's end of one worker process. Starting returns at once; `Answer.READY` comes when it can work.
+
+    Args:
+        suite_name, target, options: what `load_suite` needs to build the suite in the process.
+        send_seconds: how long `send` may block before the process counts as hung.
+    """
+
+    def __init__(self, suite_name: str, target: str, options: Mapping[str, Any], *, send_seconds: float) -> None:
+        self.socket, theirs = socket.socketpair()  # ours is readable when there is something to `receive`
+        self.socket.settimeout(send_seconds)
+        self._buffer = bytearray()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the process
+        environ = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+            "PYTHONHASHSEED": "0",  # so that an environment that iterates over a set does it alike in every worker
+        }
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", _BOOT, json.dumps([str(path) for path in sys.path]), str(theirs.fileno())],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=self._stderr,
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,
+                    env=environ,
+                )
+        except OSError:
+            self.socket.close()
+            self._stderr.close()
+            raise
+        with contextlib.suppress(OSError):  # it died already: the next `receive` says so
+            self.send((suite_name, target, dict(options)))
+
+    @property
+    def pid(self) -> int:
+        """Process id, and id of the process group that holds all its descendants."""
+        return self._process.pid
+
+    def send(self, message: Any) -> None:
+        """Send a `Request`, or None to ask the process to end.
+
+        Raises:
+            OSError: it is gone, or does not read (TimeoutError).
+        """
+        data = pickle.dumps(message)
+        self.socket.sendall(_LENGTH.pack(len(data)) + data)
+
+    def receive(self) -> tuple[Answer, Any] | None:
+        """Take what has arrived, without waiting for more: a whole answer, or None as long as it is incomplete.
+
+        Raises:
+            Lost: the process is gone.
+        """
+        try:
+            data = self.socket.recv(1 << 20, socket.MSG_DONTWAIT)
+        except OSError as error:
+            raise Lost(str(error)) from error
+        if not data:
+            raise Lost("the process ended")
+        self._buffer += data
+        if len(self._buffer) < _LENGTH.size:
+            return None
+        (length,) = _LENGTH.unpack_from(self._buffer)
+        if len(self._buffer) < _LENGTH.size + length:
+            return None
+        answer = pickle.loads(self._buffer[_LENGTH.size : _LENGTH.size + length])
+        del self._buffer[: _LENGTH.size + length]
+        return answer
+
+    def kill(self) -> str:
+        """End the process and all its descendants now. Returns how it died and the last it wrote to stderr."""
+        # The group is killed before its leader is waited for: until then its id cannot belong to anyone else.
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS denies signals to a dead group
+            os.killpg(self.pid, signal.SIGKILL)
+        code = self._process.wait()
+        size = os.fstat(self._stderr.fileno()).st_size
+        words = (
+            os.pread(self._stderr.fileno(), _LAST_WORDS, max(0, size - _LAST_WORDS)).decode(errors="replace").strip()
+        )
+        self.socket.close()
+        self._stderr.close()
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return f"{how}; its last words: {words}" if words else how
+
+
+def main(fd: int) -> None:
+    """Build the environment, then answer requests until told to end. Runs in the worker process only."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.enable()
+    os.set_inheritable(fd, False)  # or a JVM would hold the connection open after this process died
+    connection = socket.socket(fileno=fd)
+    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(connection, inbox), daemon=True).start()
+
+    name, target, options = inbox.get()
+    try:
+        env = load_suite(name, target, options).make_env()
+    except Exception as error:
+        _send(connection, _explain(error))
+        return
+    _send(connection, (Answer.READY, None))
+    with env:
+        while (request := inbox.get()) is not None:
+            try:
+                answer = (Answer.VALUE, _call(env, request))
+            except Exception as error:
+                answer = _explain(error)
+            _send(connection, answer)
+
+
+def _listen(connection: socket.socket, inbox: queue.SimpleQueue[Any]) -> None:
+    """Receive in a thread of its own, so that a parent's death is noticed while the environment is busy or hangs."""
+    stream = connection.makefile("rb")
+    try:
+        while True:
+            (length,) = _LENGTH.unpack(stream.read(_LENGTH.size))
+            inbox.put(pickle.loads(stream.read(length)))
+    except (OSError, EOFError, struct.error):
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+def _call(env: TextEnv, request: Request) -> Any:
+    method, argument = request
+    return getattr(env, method)(argument)
+
+
+def _send(connection: socket.socket, message: tuple[Answer, Any]) -> None:
+    data = pickle.dumps(message)
+    connection.sendall(_LENGTH.pack(len(data)) + data)
+
+
+def _explain(error: Exception) -> tuple[Answer, str]:
+    if isinstance(error, UserError):
+        return Answer.USER_ERROR, str(error)
+    return Answer.FAILURE, f"{type(error).__name__}: {error}"
