@@ -1,0 +1,64 @@
+"""Objectives for training language-model agents, in plain torch: usable in any trainer.
+
+Example::
+
+    from epo.objectives import make_control, token_logprobs_and_entropy, trajectory_weights
+"""
+
+from __future__ import annotations
+
+from epo.objectives.advantages import (
+    Advantages,
+    bilevel_gae,
+    gae,
+    group_relative,
+    trajectory_gae,
+    turn_gae,
+    whiten,
+    within_turn_gae,
+)
+from epo.objectives.control import CONTROLS, BonusControl, EntropyControl, EPOControl, NoControl, make_control
+from epo.objectives.corridor import EntropyHistory, phase_weight, smoothing_penalty
+from epo.objectives.entropy import (
+    TurnMeans,
+    logits_logprobs_and_entropy,
+    token_logprobs_and_entropy,
+    trajectory_mean,
+    trajectory_weights,
+    turn_means,
+)
+from epo.objectives.loss import EntropyTerm, EPOLoss, epo_loss
+from epo.objectives.policy import Surrogate, clipped_surrogate, kl_penalty, value_loss
+
+__all__ = [
+    "CONTROLS",
+    "Advantages",
+    "BonusControl",
+    "EPOControl",
+    "EPOLoss",
+    "EntropyControl",
+    "EntropyHistory",
+    "EntropyTerm",
+    "NoControl",
+    "Surrogate",
+    "TurnMeans",
+    "bilevel_gae",
+    "clipped_surrogate",
+    "epo_loss",
+    "gae",
+    "group_relative",
+    "kl_penalty",
+    "logits_logprobs_and_entropy",
+    "make_control",
+    "phase_weight",
+    "smoothing_penalty",
+    "token_logprobs_and_entropy",
+    "trajectory_gae",
+    "trajectory_mean",
+    "trajectory_weights",
+    "turn_gae",
+    "turn_means",
+    "value_loss",
+    "whiten",
+    "within_turn_gae",
+]
