@@ -110,9 +110,15 @@ class Turn:
     """The response had the required format."""
     understood: bool = True
     """The environment could interpret the action."""
-    reward: float = 0.0
-    """Environment reward minus penalties, given for this turn."""
+    environment_reward: float = 0.0
+    penalty: float = 0.0
+    """Taken off for an invalid response."""
     score: float = 0.0
+
+    @property
+    def reward(self) -> float:
+        """What this turn earned."""
+        return self.environment_reward - self.penalty
 
 
 @dataclass(kw_only=True, slots=True)

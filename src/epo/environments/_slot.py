@@ -50,6 +50,8 @@ class Slot:
     _replayed: int = 0
     """How much of the history the present worker has seen."""
     _is_ready: bool = False
+    _is_warm: bool = False
+    """The present worker has answered a call. Environments may start their simulator only when first used."""
 
     @property
     def is_busy(self) -> bool:
@@ -119,7 +121,7 @@ class Slot:
         self._outcomes.clear()
 
     def _start(self) -> None:
-        self._is_ready, self._replayed = False, 0
+        self._is_ready, self._is_warm, self._replayed = False, False, 0
         self.deadline = time.monotonic() + self.slow_timeout_seconds
         try:
             self.worker = self.start_worker()
@@ -131,7 +133,7 @@ class Slot:
         assert self.worker is not None and self._request is not None
         is_replay = self._replayed < len(self._history)
         request = self._history[self._replayed][0] if is_replay else self._request
-        is_slow = request.method == "demonstration"
+        is_slow = request.method == "demonstration" or not self._is_warm
         self.deadline = time.monotonic() + (self.slow_timeout_seconds if is_slow else self.timeout_seconds)
         try:
             self.worker.send(request)
@@ -140,6 +142,7 @@ class Slot:
 
     def _on_answer(self, kind: Answer, payload: Any) -> None:
         assert self._request is not None
+        self._is_warm = kind is Answer.VALUE
         if kind is Answer.FAILURE:
             self._recover("failed", payload)
         elif kind is Answer.USER_ERROR:

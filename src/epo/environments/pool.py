@@ -75,7 +75,7 @@ class EnvPool:
         options: the suite's options, plain data.
         size: number of slots.
         timeout_seconds: limit for one reset or step; a worker that exceeds it is replaced.
-        slow_timeout_seconds: limit for starting a worker and for computing a demonstration.
+        slow_timeout_seconds: limit for starting a worker, for its first call, and for computing a demonstration.
         max_restarts: how often a worker is replaced within one episode before the episode is given up.
 
     Raises:
@@ -236,11 +236,11 @@ class EnvPool:
     def stats(self) -> PoolStats:
         """Counters since the pool was made, and present memory."""
         usage = _group_rss_bytes()
-        pids = [slot.worker.pid if slot.worker else 0 for slot in self._slots]
+        workers = [slot.worker for slot in self._slots]
         return PoolStats(
             restarts={cause: self._causes[cause] for cause in ("died", "hung", "failed")},
             failures=self._causes["given up"],
-            rss_bytes=None if usage is None else [usage.get(pid, 0) for pid in pids],
+            rss_bytes=None if usage is None else [usage.get(w.pid, 0) if w else 0 for w in workers],
         )
 
     def close(self) -> None:

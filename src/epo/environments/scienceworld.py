@@ -146,6 +146,7 @@ class ScienceWorldEnv(TextEnv):
         jvm_options: Sequence[str] = (),
         read_timeout_seconds: float = 60.0,
     ) -> None:
+        self._jar = _simulator_jar()
         self._simplification = simplification
         self._admissible: Admissible = admissible
         self._compact_demonstrations = compact_demonstrations
@@ -227,13 +228,12 @@ class ScienceWorldEnv(TextEnv):
 
     def _load(self, name: str, variation: int, *, generate_gold_path: bool = False) -> None:
         if self._jvm is None:
-            jar = _simulator_jar()
             self._jvm = Jvm(
                 java=require_java(self._java, needed_by="ScienceWorld"),
-                classpath=str(jar),
+                classpath=str(self._jar),
                 options=self._jvm_options,
                 # The simulator reads a table of object types from here, and writes one where it finds none.
-                cwd=jar.parent,
+                cwd=self._jar.parent,
                 read_timeout=self._read_timeout,
             )
             self._simulator = self._jvm.classes.scienceworld.runtime.pythonapi.PythonInterface()
@@ -244,7 +244,6 @@ class ScienceWorldEnv(TextEnv):
     @contextlib.contextmanager
     def _ending_jvm_on_failure(self) -> Iterator[None]:
         """No half-read answer and no broken simulator survives a failure of any kind."""
-        _simulator_jar()
         from py4j.protocol import Py4JError
 
         try:

@@ -6,11 +6,13 @@ Legend for tensor suffixes: _N trained tokens, _V vocabulary, _D hidden size. A 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+_Apply: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
 
 EXCLUDED = -1e30
 """Stands for a logit of -inf. Finite, so that 0 * log 0 = 0 holds for excluded entries."""
@@ -144,7 +146,9 @@ class FusedHead(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logprobs_N: Tensor | None, grad_entropy_N: Tensor | None) -> tuple[Any, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_logprobs_N: Tensor | None, grad_entropy_N: Tensor | None
+    ) -> tuple[Any, ...]:
         if grad_logprobs_N is None and grad_entropy_N is None:
             return (None,) * 7
         hidden_N_D, weight_V_D, bias_V, targets_N, entropy_N, lse_N = ctx.saved_tensors
@@ -225,7 +229,9 @@ class LogitStatistics(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logprobs_N: Tensor | None, grad_entropy_N: Tensor | None) -> tuple[Any, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_logprobs_N: Tensor | None, grad_entropy_N: Tensor | None
+    ) -> tuple[Any, ...]:
         if grad_logprobs_N is None and grad_entropy_N is None:
             return (None,) * 4
         logits_N_V, targets_N, entropy_N, lse_N = ctx.saved_tensors
@@ -247,5 +253,5 @@ def _scaled(logits: Tensor, temperature: float, *, out: Tensor) -> Tensor:
 
 
 # The stubs of torch leave `apply` untyped.
-fused_head: Callable[..., tuple[Tensor, Tensor]] = FusedHead.apply  # pyright: ignore[reportUnknownMemberType]
-logit_statistics: Callable[..., tuple[Tensor, Tensor]] = LogitStatistics.apply  # pyright: ignore[reportUnknownMemberType]
+fused_head = cast(_Apply, FusedHead.apply)  # pyright: ignore[reportUnknownMemberType]
+logit_statistics = cast(_Apply, LogitStatistics.apply)  # pyright: ignore[reportUnknownMemberType]

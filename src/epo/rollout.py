@@ -1,0 +1,208 @@
+"""Episodes: environments and a sampler, round by round, into trajectories.
+
+A round steps every live episode once and then draws one response for every live episode. Episodes join as slots become
+free and leave when they end, so nothing is generated for the dead, and which episodes share a round depends on their
+lengths only, never on timing: the same seed gives the same trajectories.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from epo.agent.chat import ChatFormat
+from epo.agent.context import Context, TranscriptContext, WindowContext
+from epo.agent.parsing import parse_response
+from epo.agent.prompts import Prompt
+from epo.config import AgentConfig
+from epo.environments.pool import EnvPool, Pending
+from epo.errors import EnvironmentFailure
+from epo.sampling.base import Completion, Request, Sampler
+from epo.types import Observation, Step, StopReason, Task, Trajectory, Turn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EpisodeSpec:
+    """One episode to play."""
+
+    task: Task
+    seed: tuple[int, ...]
+    """Entropy of the episode's own random numbers; the same seed and policy draw the same responses."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RolloutTiming:
+    """Seconds of the last `collect`, by what was waited for."""
+
+    environment: float = 0.0
+    sampling: float = 0.0
+
+
+@dataclass(kw_only=True, slots=True)
+class _Episode:
+    number: int
+    context: Context
+    trajectory: Trajectory
+    random: np.random.Generator
+    pending: Pending[Observation] | Pending[Step]
+    observation: Observation | None = None
+    prompt_ids: list[int] = field(default_factory=list[int])
+
+
+class ContextFactory:
+    """Makes the context of each episode from the agent's configuration."""
+
+    def __init__(self, chat: ChatFormat, config: AgentConfig) -> None:
+        self._chat = chat
+        self._config = config
+        self._prompt = Prompt(
+            config.prompt, think=config.format == "think_action", transcript=config.context == "transcript"
+        )
+
+    def __call__(self) -> Context:
+        if self._config.context == "transcript":
+            return TranscriptContext(self._chat, self._prompt)
+        return WindowContext(self._chat, self._prompt, window=self._config.window)
+
+
+class RolloutCollector:
+    """Plays episodes with the current policy."""
+
+    def __init__(
+        self,
+        pool: EnvPool,
+        sampler: Sampler,
+        chat: ChatFormat,
+        config: AgentConfig,
+        *,
+        max_turns: int,
+        max_context: int,
+        train_temperature: float = 1.0,
+    ) -> None:
+        self._pool = pool
+        self._sampler = sampler
+        self._chat = chat
+        self._config = config
+        self._make_context = ContextFactory(chat, config)
+        self._max_turns = max_turns
+        self._max_prompt = max_context - config.max_response_tokens
+        self._train_temperature = train_temperature
+        self.timing = RolloutTiming()
+
+    def collect(
+        self,
+        specs: Sequence[EpisodeSpec],
+        *,
+        temperature: float,
+        on_done: Callable[[Trajectory], None] | None = None,
+    ) -> list[Trajectory]:
+        """Play every spec to its end; trajectories in the order of `specs`.
+
+        An episode whose environment fails for good ends with `StopReason.ENVIRONMENT_ERROR`; one whose prompt outgrows
+        the context ends with `StopReason.CONTEXT_OVERFLOW`, possibly before its first turn. Neither disturbs the others.
+        """
+        self.timing = RolloutTiming()
+        finished: dict[int, Trajectory] = {}
+        waiting = deque(enumerate(specs))
+        live: dict[int, _Episode] = {}
+
+        def finish(slot: int) -> None:
+            episode = live.pop(slot)
+            self._sampler.release(episode.number)
+            episode.trajectory.restarts = self._pool.restarts(slot)
+            finished[episode.number] = episode.trajectory
+            if on_done is not None:
+                on_done(episode.trajectory)
+
+        while waiting or live:
+            for slot in range(self._pool.size):
+                if slot not in live and waiting:
+                    live[slot] = self._begin(slot, *waiting.popleft())
+            for slot in self._receive(live):
+                finish(slot)
+            for slot, completion in self._respond(live, temperature=temperature):
+                self._act(slot, live[slot], completion)
+        return [finished[number] for number in range(len(specs))]
+
+    def _begin(self, slot: int, number: int, spec: EpisodeSpec) -> _Episode:
+        return _Episode(
+            number=number,
+            context=self._make_context(),
+            trajectory=Trajectory(task=spec.task),
+            random=np.random.default_rng(spec.seed),
+            pending=self._pool.submit_reset(slot, spec.task),
+        )
+
+    def _receive(self, live: dict[int, _Episode]) -> list[int]:
+        """Take in what the environments answered; returns the slots whose episode is over."""
+        start = time.perf_counter()
+        slots = sorted(live)
+        answers = self._pool.gather([live[slot].pending for slot in slots])
+        self.timing.environment += time.perf_counter() - start
+        return [slot for slot, answer in zip(slots, answers, strict=True) if self._ends(live[slot], answer)]
+
+    def _ends(self, episode: _Episode, answer: Observation | Step | EnvironmentFailure) -> bool:
+        trajectory = episode.trajectory
+        if isinstance(answer, EnvironmentFailure):
+            trajectory.stop_reason, trajectory.error = StopReason.ENVIRONMENT_ERROR, str(answer)
+            return True
+        if isinstance(answer, Observation):
+            episode.observation = answer
+            episode.prompt_ids = episode.context.open(answer)
+        else:
+            turn = trajectory.turns[-1]
+            turn.environment_reward = answer.reward
+            turn.understood, turn.score = answer.understood, answer.score
+            trajectory.success, trajectory.score = answer.success, answer.score
+            if answer.terminated:
+                trajectory.stop_reason = StopReason.SUCCESS if answer.success else StopReason.FAILURE
+                return True
+            if answer.truncated or len(trajectory.turns) >= self._max_turns:
+                trajectory.stop_reason = StopReason.MAX_TURNS
+                return True
+            episode.observation = answer.observation
+            episode.prompt_ids = episode.context.advance(
+                turn.response_ids.tolist(), action=turn.action, observation=answer.observation
+            )
+        if len(episode.prompt_ids) > self._max_prompt:
+            trajectory.stop_reason = StopReason.CONTEXT_OVERFLOW
+            return True
+        return False
+
+    def _respond(self, live: dict[int, _Episode], *, temperature: float) -> list[tuple[int, Completion]]:
+        start = time.perf_counter()
+        slots = sorted(live)
+        completions = self._sampler.generate(
+            [
+                Request(episode=live[s].number, prompt_ids=live[s].prompt_ids, random=live[s].random)
+                for s in slots
+            ],
+            temperature=temperature,
+            train_temperature=self._train_temperature,
+            max_tokens=self._config.max_response_tokens,
+        )
+        self.timing.sampling += time.perf_counter() - start
+        return list(zip(slots, completions, strict=True))
+
+    def _act(self, slot: int, episode: _Episode, completion: Completion) -> None:
+        assert episode.observation is not None
+        text = self._chat.decode(completion.response_ids.tolist())
+        parsed = parse_response(text, response_format=self._config.format, finished=completion.finished)
+        episode.trajectory.turns.append(
+            Turn(
+                prompt_ids=np.array(episode.prompt_ids, dtype=np.int64),
+                response_ids=completion.response_ids,
+                logprobs=completion.logprobs,
+                entropy=completion.entropy,
+                observation=episode.observation.text,
+                response=text,
+                action=parsed.action,
+                is_valid=parsed.is_valid,
+                penalty=0.0 if parsed.is_valid else self._config.invalid_action_penalty,
+            )
+        )
+        episode.pending = self._pool.submit_step(slot, parsed.action)

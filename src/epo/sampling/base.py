@@ -1,0 +1,51 @@
+"""The sampler contract: any subset of the live episodes, in any order, at any time."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from epo.types import FloatArray, IntArray
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """Ask for one response of one episode."""
+
+    episode: int
+    """Names the episode for as long as it lives; a sampler may keep its keys and values under it."""
+    prompt_ids: Sequence[int]
+    random: np.random.Generator
+    """The episode's own stream of random numbers: what is drawn does not depend on who else is in the batch."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    episode: int
+    response_ids: IntArray
+    """[R] sampled tokens, the end token included when it was drawn."""
+    logprobs: FloatArray
+    """[R] at training temperature."""
+    entropy: FloatArray
+    """[R] of the full distribution at training temperature, in nats."""
+    finished: bool
+    """The model ended its turn; False when the response was cut at the token limit."""
+    policy_version: int
+
+
+class Sampler(ABC):
+    """Draws responses. Log-probabilities and entropies are those of the distribution the policy is trained with
+    (`train_temperature`), also when a panel is sampled at another temperature."""
+
+    @abstractmethod
+    def generate(
+        self, requests: Sequence[Request], *, temperature: float, train_temperature: float, max_tokens: int
+    ) -> list[Completion]:
+        """One completion per request, in the order of the requests. `temperature` 0 is greedy."""
+
+    @abstractmethod
+    def release(self, episode: int) -> None:
+        """The episode is over; forget what is kept for it. Unknown episodes are no error."""

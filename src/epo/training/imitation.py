@@ -1,0 +1,138 @@
+"""The warm start: supervised learning on expert demonstrations, cached by everything that decides its result.
+
+Legend: n trained tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from epo.config import Config, cache_dir
+from epo.files import new_folder
+from epo.objectives import token_logprobs_and_entropy
+from epo.packing import pack
+from epo.training.batch import flatten, micro_batches
+from epo.training.demonstrations import Demonstration, as_trajectory, texts
+from epo.training.policy import Policy, load_policy
+from epo.training.tiny import build_model, build_tokenizer
+from epo.types import Trajectory
+
+
+def warm_started_policy(
+    config: Config,
+    demonstrations: Sequence[Demonstration],
+    *,
+    on_batch: Callable[[int, float], None] | None = None,
+) -> Policy:
+    """The policy after imitation, from the cache or trained now.
+
+    Args:
+        demonstrations: expert episodes; with `model.path=tiny` the tokenizer is trained on their text.
+        on_batch: called with (batches done, loss in nats per token).
+    """
+    folder = cache_dir() / "imitation" / imitation_digest(config, demonstrations)
+    if not folder.is_dir():
+        policy = _fresh_policy(config, demonstrations)
+        trajectories = [as_trajectory(d, policy.chat, config.agent) for d in demonstrations]
+        trajectories = [t for t in trajectories if _length(t) <= config.model.max_context]
+        if trajectories:
+            imitate(policy, trajectories, config, on_batch=on_batch)
+        with new_folder(folder) as draft:
+            policy.save(draft)
+    return load_policy(folder, config.model)
+
+
+def imitation_digest(config: Config, demonstrations: Sequence[Demonstration]) -> str:
+    """Names the result of the warm start: the same digest, the same weights."""
+    key = {
+        "model": config.model.model_dump(mode="json"),
+        "source": _fingerprint(config.model.path),
+        "imitation": config.imitation.model_dump(mode="json"),
+        "agent": config.agent.model_dump(mode="json"),
+        "seed": config.seed,
+        "demonstrations": [asdict(d) for d in demonstrations],
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+    }
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def imitate(
+    policy: Policy,
+    trajectories: Sequence[Trajectory],
+    config: Config,
+    *,
+    on_batch: Callable[[int, float], None] | None = None,
+) -> None:
+    """Maximise the log-probability of the experts' tokens: AdamW, linear warm-up over a tenth, then linear decay."""
+    imitation, rng = config.imitation, random.Random(f"imitation/{config.seed}")
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=imitation.learning_rate, weight_decay=0.01, fused=True)
+    warmup = max(1, imitation.batches // 10)
+    deck: list[Trajectory] = []
+    for number in range(imitation.batches):
+        while len(deck) < imitation.batch_size:
+            deck = [*rng.sample(list(trajectories), len(trajectories)), *deck]
+        chosen = [deck.pop() for _ in range(imitation.batch_size)]
+        remaining = (imitation.batches - number) / max(1, imitation.batches - warmup)
+        optimizer.param_groups[0]["lr"] = imitation.learning_rate * min((number + 1) / warmup, remaining)
+        loss = _imitation_step(policy, chosen, config, optimizer)
+        if on_batch is not None:
+            on_batch(number + 1, loss)
+    policy.version += 1
+
+
+def _imitation_step(
+    policy: Policy, trajectories: Sequence[Trajectory], config: Config, optimizer: torch.optim.Optimizer
+) -> float:
+    batch = pack(trajectories)
+    tokens = flatten(batch, trajectories, device=policy.device)
+    optimizer.zero_grad(set_to_none=True)
+    total = 0.0
+    for micro in micro_batches(
+        batch.rows,
+        tokens.row_spans,
+        range(len(batch.rows)),
+        max_tokens=config.optimizer.microbatch_tokens,
+        device=policy.device,
+    ):
+        hidden_B_T_D = policy.hidden(micro.token_ids_B_T)
+        logprobs_n, _ = token_logprobs_and_entropy(
+            hidden_B_T_D[micro.row_n, micro.source_n],
+            policy.head_weight_V_D,
+            micro.targets_n,
+            head_bias=policy.head_bias_V,
+        )
+        loss = -logprobs_n.sum() / batch.num_trained
+        torch.autograd.backward(loss)
+        total += loss.item()
+    torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+    optimizer.step()
+    return total
+
+
+def _fresh_policy(config: Config, demonstrations: Sequence[Demonstration]) -> Policy:
+    if config.model.path != "tiny":
+        return load_policy(config.model.path, config.model)
+    tokenizer = build_tokenizer(texts(demonstrations), vocabulary_size=config.model.tiny.vocabulary_size)
+    model = build_model(tokenizer, config.model, seed=config.seed).eval()
+    return Policy(model, tokenizer, max_context=config.model.max_context)
+
+
+def _length(trajectory: Trajectory) -> int:
+    return max(len(turn.prompt_ids) + len(turn.response_ids) for turn in trajectory.turns)
+
+
+def _fingerprint(path: str) -> list[tuple[str, int, int]] | None:
+    """Names, sizes and times of a model directory's files: enough to notice that it was replaced."""
+    if path == "tiny" or not Path(path).is_dir():
+        return None
+    files = sorted(p for p in Path(path).iterdir() if p.is_file())
+    return [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]

@@ -1,0 +1,305 @@
+"""One RL step's update: advantages, then a fixed number of optimiser steps over the packed rows.
+
+Legend: N trained tokens of the step, n of a micro-batch, B rows, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from epo.config import Config
+from epo.objectives import kl_penalty, token_logprobs_and_entropy, trajectory_weights, value_loss
+from epo.objectives.control import EntropyControl
+from epo.packing import pack
+from epo.training.batch import MicroBatch, TokenData, flatten, micro_batches
+from epo.training.credit import grpo_advantages, ppo_advantages
+from epo.training.policy import Critic, Policy
+from epo.types import PackedBatch, Trajectory, TrajectoryGroup
+
+
+@dataclass(kw_only=True, slots=True)
+class _StepData:
+    """Everything the mini-batches of one step read."""
+
+    batch: PackedBatch
+    tokens: TokenData
+    advantages_N: Tensor
+    returns_N: Tensor | None
+    values_N: Tensor | None
+    reference_N: Tensor | None
+
+
+class Learner:
+    """Owns the optimiser and the critic; updates the policy in place.
+
+    Args:
+        start_policy: what the KL loss refers to, when `policy` is no longer at its starting weights (a resumed run).
+    """
+
+    def __init__(
+        self, policy: Policy, config: Config, control: EntropyControl, *, start_policy: Policy | None = None
+    ) -> None:
+        self.policy = policy
+        self.config = config
+        self.control = control
+        self.critic = Critic(policy, config.algorithm.critic) if config.algorithm.name == "ppo" else None
+        self.reference = (start_policy or policy).frozen_copy() if config.algorithm.kl_coefficient > 0 else None
+        optimizer = config.optimizer
+        groups: list[dict[str, object]] = [{"params": list(policy.parameters()), "lr": optimizer.learning_rate}]
+        if self.critic is not None:
+            groups.append({"params": list(self.critic.parameters()), "lr": config.algorithm.critic.learning_rate})
+        self.optimizer = torch.optim.AdamW(
+            groups, betas=optimizer.betas, weight_decay=optimizer.weight_decay, fused=True
+        )
+
+    def update(self, groups: Sequence[TrajectoryGroup], *, step: int) -> dict[str, float]:
+        """Train on the survivors of `groups`; returns metrics. A step without survivors changes nothing."""
+        survivors = [group.survivors for group in groups if group.survivors]
+        if not survivors:
+            return {"update/optimizer_steps": 0.0}
+        data = self._prepare(survivors)
+        rate = self._set_learning_rate(step)
+        metrics: dict[str, float] = defaultdict(float)
+        shuffle = np.random.default_rng([self.config.seed, step, 1])
+        steps = 0
+        for epoch in range(self.config.optimizer.epochs):
+            for trajectory_ids in _minibatches(survivors, self.config.optimizer.minibatches, shuffle):
+                contribution = self._minibatch(data, trajectory_ids, step=step, on_policy=steps == 0)
+                for name, value in contribution.items():
+                    metrics[name] += value
+                steps += 1
+        self.policy.version += 1
+        self.control.observe(data.tokens.old_entropy_N, data.tokens.trajectory_ids_N, data.tokens.turn_ids_N)
+        # The first mini-batch is the only one in which sampler and learner hold the same weights.
+        mismatch = metrics.pop("sampler/mismatch_kl", 0.0)
+        skipped = metrics.pop("update/skipped", 0.0)
+        averaged = {name: value / steps for name, value in metrics.items()}
+        return {
+            **averaged,
+            **self._data_metrics(data),
+            "sampler/mismatch_kl": mismatch,
+            "update/optimizer_steps": float(steps),
+            "update/skipped": skipped,
+            "update/learning_rate": rate,
+        }
+
+    # ---------------------------------------------------------------- before the first optimiser step
+
+    def _prepare(self, survivors: Sequence[Sequence[Trajectory]]) -> _StepData:
+        trajectories = [t for group in survivors for t in group]
+        batch = pack(trajectories)
+        tokens = flatten(batch, trajectories, device=self.policy.device)
+        algorithm = self.config.algorithm
+        values_N = returns_N = None
+        if self.critic is not None:
+            values_N = self._values(batch, tokens)
+            advantages_N, returns_N = ppo_advantages(trajectories, tokens, values_N, algorithm)
+        else:
+            advantages_N = grpo_advantages(survivors, tokens, algorithm)
+        return _StepData(
+            batch=batch,
+            tokens=tokens,
+            advantages_N=self.control.shape_advantages(
+                advantages_N, tokens.old_entropy_N, tokens.trajectory_ids_N, tokens.turn_ids_N
+            ),
+            returns_N=returns_N,
+            values_N=values_N,
+            reference_N=self._reference_logprobs(batch, tokens),
+        )
+
+    @torch.no_grad()
+    def _values(self, batch: PackedBatch, tokens: TokenData) -> Tensor:
+        assert self.critic is not None
+        values_N = torch.zeros_like(tokens.old_logprobs_N)
+        for micro in self._micro_batches(batch, tokens, range(len(batch.rows))):
+            if self.critic.trunk is None:
+                hidden_B_T_D = self._hidden(self.policy, micro)
+            else:
+                hidden_B_T_D = torch.empty(0, device=self.policy.device)
+            values_B_T = self.critic(hidden_B_T_D, micro.token_ids_B_T)
+            values_N[micro.index_n] = values_B_T[micro.row_n, micro.source_n]
+        return values_N
+
+    @torch.no_grad()
+    def _reference_logprobs(self, batch: PackedBatch, tokens: TokenData) -> Tensor | None:
+        if self.reference is None:
+            return None
+        reference_N = torch.zeros_like(tokens.old_logprobs_N)
+        for micro in self._micro_batches(batch, tokens, range(len(batch.rows))):
+            hidden_B_T_D = self._hidden(self.reference, micro)
+            reference_N[micro.index_n] = self._head(self.reference, hidden_B_T_D, micro)[0]
+        return reference_N
+
+    # ---------------------------------------------------------------- optimiser steps
+
+    def _minibatch(
+        self, data: _StepData, trajectory_ids: set[int], *, step: int, on_policy: bool
+    ) -> dict[str, float]:
+        """Accumulate the gradient over micro-batches and step once. Losses and metrics of micro-batches add up."""
+        config, tokens = self.config, data.tokens
+        rows = [i for i, row in enumerate(data.batch.rows) if row.trajectory_id in trajectory_ids]
+        member_N = torch.zeros_like(tokens.old_logprobs_N, dtype=torch.bool)
+        for i in rows:
+            member_N[tokens.row_spans[i]] = True
+        entropy_weights_N = torch.zeros_like(tokens.old_logprobs_N)
+        entropy_weights_N[member_N] = trajectory_weights(
+            tokens.trajectory_ids_N[member_N], tokens.turn_ids_N[member_N]
+        ).to(entropy_weights_N.dtype)
+        if config.algorithm.aggregate == "trajectory":
+            weights_N = entropy_weights_N
+        else:
+            weights_N = member_N.float() / member_N.sum()
+        metrics: dict[str, float] = defaultdict(float)
+        self.optimizer.zero_grad(set_to_none=True)
+        for micro in self._micro_batches(data.batch, tokens, rows):
+            loss = self._loss(data, micro, weights_N, entropy_weights_N, metrics, step=step, on_policy=on_policy)
+            torch.autograd.backward(loss)
+        self._step(metrics)
+        return metrics
+
+    def _loss(
+        self,
+        data: _StepData,
+        micro: MicroBatch,
+        weights_N: Tensor,
+        entropy_weights_N: Tensor,
+        metrics: dict[str, float],
+        *,
+        step: int,
+        on_policy: bool,
+    ) -> Tensor:
+        """This micro-batch's share of the mini-batch loss."""
+        algorithm, tokens, index_n = self.config.algorithm, data.tokens, micro.index_n
+        weights_n = weights_N[index_n]
+        hidden_B_T_D = self._hidden(self.policy, micro)
+        logprobs_n, entropy_n = self._head(self.policy, hidden_B_T_D, micro)
+        surrogate = self.control.surrogate(
+            logprobs_n,
+            tokens.old_logprobs_N[index_n],
+            data.advantages_N[index_n],
+            clip_low=algorithm.clip_low,
+            clip_high=algorithm.clip_high,
+            dual_clip=algorithm.dual_clip,
+        )
+        policy_loss = (weights_n * surrogate.loss_N).sum()
+        entropy = self.control.entropy_loss(
+            entropy_n, entropy_weights_N[index_n], tokens.turn_ids_N[index_n], step=step, total_steps=self.config.steps
+        )
+        loss = policy_loss + entropy.loss
+        metrics["policy/loss"] += policy_loss.item()
+        metrics["entropy/loss"] += entropy.loss.item()
+        for name, value in entropy.metrics.items():
+            metrics[name] += value
+        with torch.no_grad():
+            kl_n = kl_penalty(logprobs_n, tokens.old_logprobs_N[index_n], kind="k3")
+            metrics["policy/kl"] += (weights_n * kl_n).sum().item()
+            metrics["policy/clip_fraction"] += (weights_n * surrogate.is_clipped_N).sum().item()
+            if on_policy:
+                metrics["sampler/mismatch_kl"] += (weights_n * kl_n).sum().item()
+        if data.reference_N is not None:
+            kl_loss = (weights_n * kl_penalty(logprobs_n, data.reference_N[index_n], kind=algorithm.kl_kind)).sum()
+            loss = loss + algorithm.kl_coefficient * kl_loss
+            metrics["policy/reference_kl"] += kl_loss.item()
+        if self.critic is not None:
+            assert data.values_N is not None and data.returns_N is not None
+            values_B_T = self.critic(hidden_B_T_D, micro.token_ids_B_T)
+            value_n = value_loss(
+                values_B_T[micro.row_n, micro.source_n],
+                data.values_N[index_n],
+                data.returns_N[index_n],
+                clip=algorithm.critic.clip,
+            )
+            critic_loss = (weights_n * value_n).sum()
+            loss = loss + algorithm.critic.coefficient * critic_loss
+            metrics["value/loss"] += critic_loss.item()
+        return loss
+
+    def _step(self, metrics: dict[str, float]) -> None:
+        clip = self.config.optimizer.grad_clip
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), clip)
+        metrics["policy/grad_norm"] += norm.item()
+        finite = bool(torch.isfinite(norm))
+        if self.critic is not None:
+            critic_norm = torch.nn.utils.clip_grad_norm_(self.critic.parameters(), clip)
+            metrics["value/grad_norm"] += critic_norm.item()
+            finite = finite and bool(torch.isfinite(critic_norm))
+        if finite:
+            self.optimizer.step()
+        else:
+            metrics["update/skipped"] += 1.0
+
+    # ---------------------------------------------------------------- forward passes
+
+    def _micro_batches(self, batch: PackedBatch, tokens: TokenData, indices: Sequence[int]) -> list[MicroBatch]:
+        budget = self.config.optimizer.microbatch_tokens
+        return list(
+            micro_batches(batch.rows, tokens.row_spans, indices, max_tokens=budget, device=self.policy.device)
+        )
+
+    def _hidden(self, policy: Policy, micro: MicroBatch) -> Tensor:
+        return policy.hidden(micro.token_ids_B_T)
+
+    def _head(self, policy: Policy, hidden_B_T_D: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies of the trained tokens only: the head never sees the others."""
+        return token_logprobs_and_entropy(
+            hidden_B_T_D[micro.row_n, micro.source_n],
+            policy.head_weight_V_D,
+            micro.targets_n,
+            head_bias=policy.head_bias_V,
+            temperature=self.config.rollout.temperature,
+        )
+
+    # ---------------------------------------------------------------- numbers to look at
+
+    def _set_learning_rate(self, step: int) -> float:
+        """Linear warm-up from `min_ratio` of the peak, then cosine decay back to it; constant for the critic."""
+        optimizer, total = self.config.optimizer, max(1, self.config.steps)
+        rate = optimizer.learning_rate * learning_rate_factor(
+            step, total, warmup_fraction=optimizer.warmup_fraction, min_ratio=optimizer.min_ratio
+        )
+        self.optimizer.param_groups[0]["lr"] = rate
+        return rate
+
+    def _data_metrics(self, data: _StepData) -> dict[str, float]:
+        metrics = {
+            "tokens/trained": float(data.batch.num_trained),
+            "tokens/processed": float(data.batch.num_tokens),
+            "rows": float(len(data.batch.rows)),
+            "advantage/std": data.advantages_N.std(correction=0).item(),
+        }
+        if data.values_N is not None and data.returns_N is not None:
+            variance = data.returns_N.var(correction=0)
+            unexplained = (data.returns_N - data.values_N).var(correction=0)
+            # A step whose returns are all equal has nothing to explain.
+            metrics["value/explained_variance"] = (1 - unexplained / variance).item() if variance > 0 else 0.0
+            metrics["value/mean"] = data.values_N.mean().item()
+        return metrics
+
+
+def learning_rate_factor(step: int, total: int, *, warmup_fraction: float, min_ratio: float) -> float:
+    """The learning rate of RL step `step` as a share of its peak (the release's schedule)."""
+    warmup = math.floor(warmup_fraction * total)
+    if step < warmup:
+        return min_ratio + (1 - min_ratio) * step / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def _minibatches(
+    survivors: Sequence[Sequence[Trajectory]], count: int, shuffle: np.random.Generator
+) -> list[set[int]]:
+    """Deal whole task groups into `count` mini-batches (fewer when there are fewer groups), as trajectory ids."""
+    ids: list[list[int]] = []
+    start = 0
+    for group in survivors:
+        ids.append(list(range(start, start + len(group))))
+        start += len(group)
+    parts = np.array_split(shuffle.permutation(len(ids)), min(count, len(ids)))
+    return [{i for g in part for i in ids[g]} for part in parts]

@@ -1,0 +1,170 @@
+"""The networks of a run: the policy with its tokenizer, the critic, the frozen reference.
+
+Legend: B rows, T tokens, D hidden size, N trained tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from epo.agent.chat import ChatFormat
+from epo.config import CriticConfig, ModelConfig
+from epo.errors import UserError
+
+
+class Policy:
+    """A causal LM, its tokenizer, and how it talks.
+
+    `version` counts updates: whoever caches anything computed with the weights compares it.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, max_context: int) -> None:
+        _refuse_unsupported(model, max_context=max_context)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.chat = ChatFormat(tokenizer)
+        self.max_context = max_context
+        self.version = 0
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The model without its head: token ids to hidden states."""
+        return self.model.base_model
+
+    @property
+    def head_weight_V_D(self) -> Tensor:
+        return self.model.get_output_embeddings().weight
+
+    @property
+    def head_bias_V(self) -> Tensor | None:
+        return self.model.get_output_embeddings().bias
+
+    @property
+    def device(self) -> torch.device:
+        return self.head_weight_V_D.device
+
+    def hidden(self, token_ids_B_T: Tensor) -> Tensor:
+        """Hidden states [B, T, D] of right-padded rows.
+
+        No padding mask: with padding on the right, causality alone keeps real tokens from seeing it, and a plain causal
+        mask is the fast path of every attention kernel.
+        """
+        return self.trunk(input_ids=token_ids_B_T, use_cache=False).last_hidden_state
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self.model.parameters()
+
+    def save(self, folder: Path) -> None:
+        """Write a Hugging Face model directory (safetensors) that any tool can load."""
+        self.model.save_pretrained(folder, safe_serialization=True)
+        self.tokenizer.save_pretrained(folder)
+
+    def frozen_copy(self) -> Policy:
+        """The reference policy: the same weights, never trained."""
+        model = copy.deepcopy(self.model).eval()
+        model.requires_grad_(False)
+        return Policy(model, self.tokenizer, max_context=self.max_context)
+
+
+class Critic(nn.Module):
+    """State values, one per token position: the value before that token's successor is drawn."""
+
+    def __init__(self, policy: Policy, config: CriticConfig) -> None:
+        super().__init__()
+        hidden_size = int(policy.model.config.hidden_size)
+        self.trunk = copy.deepcopy(policy.trunk) if config.trunk == "separate" else None
+        self.head = nn.Linear(hidden_size, 1, device=policy.device)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, hidden_B_T_D: Tensor, token_ids_B_T: Tensor) -> Tensor:
+        """Values [B, T] in fp32, from the policy's hidden states or from the own trunk."""
+        if self.trunk is not None:
+            hidden_B_T_D = self.trunk(input_ids=token_ids_B_T, use_cache=False).last_hidden_state
+        return self.head(hidden_B_T_D.to(self.head.weight.dtype)).squeeze(-1).float()
+
+
+def resolve_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("model.device='cuda' but PyTorch sees no GPU: set model.device=cpu, or install a CUDA build")
+    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name if name != "auto" else "cpu")
+
+
+def load_policy(folder: str | Path, config: ModelConfig) -> Policy:
+    """Load a model directory. Nothing is downloaded and no code of the directory is run.
+
+    Raises:
+        UserError: no such directory, a missing or half-written file, no chat template, unsupported architecture.
+    """
+    folder = Path(folder)
+    _check_directory(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation="sdpa",
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"model.path={str(folder)!r} cannot be loaded ({reason}): copy the directory again, completely"
+        ) from None
+    model.to(resolve_device(config.device))
+    model.eval()  # no dropout: the sampler and the learner must compute the same numbers
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and config.max_context > limit:
+        raise UserError(f"model.max_context={config.max_context} exceeds what {str(folder)!r} can read: at most {limit}")
+    return Policy(model, tokenizer, max_context=config.max_context)
+
+
+def _check_directory(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(
+            f"model.path={str(folder)!r} is not a directory: give the path of a Hugging Face model directory, "
+            "or 'tiny' for the embedded model"
+        )
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model.path={str(folder)!r} has no config.json: it is not a Hugging Face model directory")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError):
+            raise UserError(f"{str(index)!r} is damaged: copy the model directory again, completely") from None
+    else:
+        shards = {"model.safetensors"}
+    missing = sorted(name for name in shards if not (folder / name).is_file())
+    if missing:
+        raise UserError(
+            f"model.path={str(folder)!r} lacks {', '.join(missing)}: copy it again, completely, or convert its weights "
+            "to safetensors (pickled weights are not read)"
+        )
+
+
+def _refuse_unsupported(model: Any, *, max_context: int) -> None:
+    config = model.config
+    kind = getattr(config, "model_type", type(model).__name__)
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise UserError(f"models of type {kind!r} are not supported: their head applies {name}, which the token head does not")
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None)
+    if layers - {"full_attention", "sliding_attention"}:
+        raise UserError(f"models of type {kind!r} are not supported: layers of kind {', '.join(sorted(layers))}")
+    if "sliding_attention" in layers and window and window < max_context:
+        raise UserError(
+            f"models of type {kind!r} attend to {window} tokens only in some layers, which the sampler does not: "
+            f"set model.max_context to {window} or less"
+        )

@@ -1,0 +1,137 @@
+"""The folder of a run: what was asked, what happened, and where to go on.
+
+    config.yaml  provenance.json  metrics.jsonl  eval.jsonl  trajectories/  checkpoints/  tensorboard/
+    plot.svg  report.html  summary.json
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from epo.config import Config, parse_config
+from epo.errors import UserError
+from epo.files import write_atomically
+from epo.types import Trajectory, TrajectoryGroup
+
+
+class RunFolder:
+    """Paths and append-only logs of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics_file = path / "metrics.jsonl"
+        self.evaluations_file = path / "eval.jsonl"
+
+    @classmethod
+    def create(cls, path: Path, config: Config, provenance: dict[str, Any]) -> RunFolder:
+        """A new run.
+
+        Raises:
+            UserError: the folder exists already, or cannot be made.
+        """
+        if path.exists():
+            raise UserError(
+                f"the run folder {str(path)!r} already exists: give another --name, add --resume to go on with it, "
+                "or delete it"
+            )
+        try:
+            path.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"the run folder {str(path)!r} cannot be made ({error.strerror}): give another --runs") from None
+        run = cls(path)
+        write_atomically(path / "config.yaml", config.to_yaml())
+        write_atomically(path / "provenance.json", json.dumps(provenance, indent=1))
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """An existing run.
+
+        Raises:
+            UserError: there is none.
+        """
+        if not (path / "config.yaml").is_file():
+            raise UserError(f"there is no run in {str(path)!r}: check the name, or start one without --resume")
+        return cls(path)
+
+    def config(self) -> Config:
+        """The resolved configuration the run was started with."""
+        import yaml
+
+        return parse_config(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")))
+
+    def add_step(self, step: int, metrics: dict[str, float], groups: Sequence[TrajectoryGroup]) -> None:
+        """Append a step. The trajectories come first, so a step in the metrics has its trajectories."""
+        lines = [
+            json.dumps(trajectory_record(t, step=step, group=g), ensure_ascii=False)
+            for g, group in enumerate(groups)
+            for t in group.trajectories
+        ]
+        write_atomically(self.path / "trajectories" / f"step_{step:06d}.jsonl", "\n".join(lines) + "\n")
+        _append(self.metrics_file, {"step": step, **metrics})
+
+    def add_evaluation(self, entry: dict[str, Any]) -> None:
+        _append(self.evaluations_file, entry)
+
+    def rewind(self, step: int) -> None:
+        """Forget everything after `step` finished steps: a resumed run writes it again."""
+        for file, limit in ((self.metrics_file, step), (self.evaluations_file, step)):
+            kept = [line for line in read_lines(file) if line["step"] <= limit]
+            write_atomically(file, "".join(json.dumps(line) + "\n" for line in kept))
+        for file in (self.path / "trajectories").glob("step_*.jsonl"):
+            if int(file.stem[5:]) > step:
+                file.unlink()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return read_lines(self.metrics_file)
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        return read_lines(self.evaluations_file)
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The complete lines of a JSON-lines file; a last line cut off by a crash is left out."""
+    if not file.is_file():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+
+
+def trajectory_record(trajectory: Trajectory, *, step: int, group: int) -> dict[str, Any]:
+    """A trajectory as plain data: everything a viewer needs to show what the policy read, wrote and was paid."""
+    return {
+        "step": step,
+        "group": group,
+        "task": trajectory.task.id,
+        "goal": trajectory.task.goal,
+        "stop_reason": trajectory.stop_reason.value,
+        "success": trajectory.success,
+        "score": trajectory.score,
+        "error": trajectory.error,
+        "restarts": trajectory.restarts,
+        "turns": [
+            {
+                "observation": turn.observation,
+                "response": turn.response,
+                "action": turn.action,
+                "is_valid": turn.is_valid,
+                "understood": turn.understood,
+                "reward": turn.reward,
+                "score": turn.score,
+                "prompt_tokens": len(turn.prompt_ids),
+                "response_ids": turn.response_ids.tolist(),
+                "logprobs": [round(float(x), 5) for x in turn.logprobs],
+                "entropy": [round(float(x), 5) for x in turn.entropy],
+            }
+            for turn in trajectory.turns
+        ],
+    }
+
+
+def _append(file: Path, entry: dict[str, Any]) -> None:
+    with file.open("a", encoding="utf-8") as handle:
+        handle.write(json.dumps(entry) + "\n")
+        handle.flush()

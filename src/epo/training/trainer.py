@@ -1,0 +1,229 @@
+"""The training loop. Reads like Algorithm 1 of EPO (arXiv 2509.22576 v2).
+
+    for k = 0 .. K-1:
+        collect D_k with pi_old
+        advantages and L^MT
+        L^H, H_ref, L^smooth (none at k = 0), beta_k
+        minimise L^EPO
+        append the mean entropy of D_k to the history
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from epo.config import Config
+from epo.environments.base import TaskSuite
+from epo.environments.pool import EnvPool
+from epo.errors import UserError
+from epo.evaluation.panels import PanelResult, evaluate
+from epo.objectives import make_control
+from epo.reporting.metrics import entropy_oscillation, rollout_metrics
+from epo.rollout import EpisodeSpec, RolloutCollector
+from epo.sampling.local import LocalSampler
+from epo.tasks import Curriculum, panel
+from epo.training.checkpoint import load_checkpoint, save_checkpoint
+from epo.training.learner import Learner
+from epo.training.policy import Policy
+from epo.training.run_folder import RunFolder
+from epo.types import StopReason, Trajectory, TrajectoryGroup
+
+
+class Observer(Protocol):
+    """Who watches a run. Calls come from the training process, in order."""
+
+    def begin(self, what: str, total: int) -> None:
+        """A stage of `total` units starts, such as the episodes of a step."""
+
+    def advance(self, done: int, note: str = "") -> None:
+        """`done` units of the stage are finished."""
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """RL step `step` (from 1) is finished."""
+
+    def evaluated(self, step: int, results: Sequence[PanelResult]) -> None:
+        """The panels were played after `step` RL steps."""
+
+    def note(self, text: str) -> None:
+        """Something a person should read."""
+
+
+@dataclass(slots=True)
+class TrainerState:
+    """What the loop itself remembers; part of every checkpoint."""
+
+    step: int = 0
+    """RL steps finished."""
+    entropy_by_step: list[float] = field(default_factory=list[float])
+    evaluations: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    wall_seconds: float = 0.0
+    """Training and evaluation time over all sessions of the run."""
+
+
+class Trainer:
+    """Trains `policy` on `suite`, and leaves everything worth knowing in the run folder.
+
+    Args:
+        resume_from: a checkpoint of the same configuration, from which `policy` was loaded.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        suite: TaskSuite,
+        pool: EnvPool,
+        policy: Policy,
+        run: RunFolder,
+        observer: Observer,
+        *,
+        resume_from: Path | None = None,
+        start_policy: Policy | None = None,
+    ) -> None:
+        self.config = config
+        self.policy = policy
+        self.run = run
+        self.observer = observer
+        self.control = make_control(config.entropy.method, **config.entropy.options())
+        self.learner = Learner(policy, config, self.control, start_policy=start_policy)
+        self.collector = make_collector(config, pool, policy)
+        self.curriculum = Curriculum(suite.tasks("train"), seed=config.seed, balance=config.rollout.balance)
+        self.panels = {
+            split: panel(suite.tasks(split), episodes=config.evaluation.episodes, split=split)
+            for split in config.evaluation.splits
+        }
+        self.state = TrainerState()
+        self.stop_requested = False
+        if resume_from is not None:
+            self.state = TrainerState(**load_checkpoint(resume_from, self.learner))
+        for warning in self.control.warnings():
+            observer.note(f"{config.entropy.method}: {warning}")
+
+    def train(self) -> bool:
+        """Run to the last step; False when `stop_requested` ended it early, after a checkpoint."""
+        config, total = self.config, self.config.steps
+        if not self.state.evaluations:
+            self.evaluate()
+        while self.state.step < total and not self.stop_requested:
+            start = time.perf_counter()
+            groups = self.collect(self.state.step)
+            rollout_seconds = time.perf_counter() - start
+            metrics = self.learner.update(groups, step=self.state.step)
+            step_seconds = time.perf_counter() - start
+            self.state.step += 1
+            self.state.wall_seconds += step_seconds
+            self.record(groups, metrics, rollout_seconds=rollout_seconds, step_seconds=step_seconds)
+            last = self.state.step == total
+            if last or (config.evaluation.every and self.state.step % config.evaluation.every == 0):
+                self.evaluate()
+            if last or self.stop_requested or self.state.step % config.checkpoint.every == 0:
+                self.save()
+        return self.state.step >= total
+
+    def collect(self, step: int) -> list[TrajectoryGroup]:
+        """Play the step's episodes: `tasks_per_step` tasks, `group_size` times each."""
+        rollout = self.config.rollout
+        tasks = self.curriculum.step_tasks(step, count=rollout.tasks_per_step)
+        specs = [
+            EpisodeSpec(task=task, seed=(self.config.seed, step, place, member))
+            for place, task in enumerate(tasks)
+            for member in range(rollout.group_size)
+        ]
+        self.observer.begin(f"step {step + 1}/{self.config.steps}", len(specs))
+        trajectories = self.collector.collect(specs, temperature=rollout.temperature, on_done=self._count())
+        size = rollout.group_size
+        return [
+            TrajectoryGroup(task=task, trajectories=trajectories[place * size : (place + 1) * size])
+            for place, task in enumerate(tasks)
+        ]
+
+    def record(
+        self,
+        groups: Sequence[TrajectoryGroup],
+        update_metrics: dict[str, float],
+        *,
+        rollout_seconds: float,
+        step_seconds: float,
+    ) -> None:
+        """Write the step's metrics and trajectories."""
+        metrics = rollout_metrics(groups) | update_metrics
+        self.state.entropy_by_step.append(metrics["entropy/mean"])
+        metrics["entropy/oscillation"] = entropy_oscillation(self.state.entropy_by_step)
+        tokens = sum(t.num_tokens for group in groups for t in group.trajectories)
+        timing = self.collector.timing
+        metrics |= {
+            "time/step": step_seconds,
+            "time/rollout": rollout_seconds,
+            "time/environment": timing.environment,
+            "time/sampling": timing.sampling,
+            "time/update": step_seconds - rollout_seconds,
+            "tokens/sampled": float(tokens),
+            "tokens/per_second": tokens / step_seconds,
+        }
+        self.run.add_step(self.state.step, metrics, groups)
+        self.observer.step(self.state.step, metrics)
+
+    def evaluate(self) -> list[PanelResult]:
+        """Play the fixed panels; the whole ones before and after training, their first episodes in between."""
+        start = time.perf_counter()
+        evaluation = self.config.evaluation
+        is_interim = 0 < self.state.step < self.config.steps
+        count = (evaluation.interim_episodes if is_interim else None) or evaluation.episodes
+        results: list[PanelResult] = []
+        for split, tasks in self.panels.items():
+            self.observer.begin(f"evaluate {split}", min(count, len(tasks)))
+            results.append(
+                evaluate(
+                    self.collector,
+                    tasks[:count],
+                    split=split,
+                    temperature=evaluation.temperature,
+                    on_done=self._count(),
+                )
+            )
+        self.state.wall_seconds += time.perf_counter() - start
+        entry = {"step": self.state.step, "panels": [result.as_dict() for result in results]}
+        self.state.evaluations.append(entry)
+        self.run.add_evaluation(entry)
+        self.observer.evaluated(self.state.step, results)
+        return results
+
+    def save(self) -> None:
+        """Write a checkpoint from which the run goes on exactly."""
+        state = {name: getattr(self.state, name) for name in TrainerState.__dataclass_fields__}
+        save_checkpoint(
+            self.run.checkpoints, self.learner, step=self.state.step, state=state, keep=self.config.checkpoint.keep
+        )
+
+    def _count(self) -> Any:
+        finished: list[Trajectory] = []
+
+        def on_done(trajectory: Trajectory) -> None:
+            if not trajectory.turns and trajectory.stop_reason is StopReason.CONTEXT_OVERFLOW and not finished:
+                config = self.config
+                raise UserError(
+                    f"the first prompt of task {trajectory.task.id!r} does not fit: model.max_context="
+                    f"{config.model.max_context} less agent.max_response_tokens={config.agent.max_response_tokens} "
+                    "is too small for it; raise model.max_context"
+                )
+            finished.append(trajectory)
+            successes = sum(t.success for t in finished)
+            self.observer.advance(len(finished), f"success {successes}/{len(finished)}")
+
+        return on_done
+
+
+def make_collector(config: Config, pool: EnvPool, policy: Policy) -> RolloutCollector:
+    """A rollout collector with a local sampler for the pool's episodes."""
+    return RolloutCollector(
+        pool,
+        LocalSampler(policy, max_episodes=pool.size),
+        policy.chat,
+        config.agent,
+        max_turns=config.environment.max_turns,
+        max_context=config.model.max_context,
+        train_temperature=config.rollout.temperature,
+    )
