@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -131,24 +131,21 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return value in arguments
     kind = origin or hint
-    if not isinstance(kind, type):  # Any, type variables and the like say nothing that could be checked
+    if kind is Any or not isinstance(kind, type):  # nothing that could be checked
         return True
-    if kind is float or kind is int:
-        return isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
     if kind is Path:
         return isinstance(value, (str, Path))
     if issubclass(kind, Mapping):
-        return isinstance(value, Mapping) and all(
-            _fits(k, arguments[0]) and _fits(v, arguments[1]) for k, v in value.items() if arguments
-        )
-    if kind is tuple and arguments and arguments[-1] is not ...:
-        return (
-            isinstance(value, (list, tuple))
-            and len(value) == len(arguments)
-            and all(_fits(v, a) for v, a in zip(value, arguments, strict=True))
-        )
-    if kind is not str and issubclass(kind, Collection) and issubclass(kind, Sequence | set | frozenset):
-        return isinstance(value, (list, tuple)) and all(_fits(v, arguments[0]) for v in value if arguments)
+        of_key, of_value = arguments or (Any, Any)
+        return isinstance(value, Mapping) and all(_fits(k, of_key) and _fits(v, of_value) for k, v in value.items())
+    if issubclass(kind, Sequence) and kind is not str:
+        if not isinstance(value, (list, tuple)):
+            return False
+        if kind is tuple and arguments and arguments[-1] is not ...:
+            return len(value) == len(arguments) and all(map(_fits, value, arguments))
+        return all(_fits(item, arguments[0]) for item in value if arguments)
     return isinstance(value, kind)
 
 
