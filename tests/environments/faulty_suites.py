@@ -31,7 +31,8 @@ class FaultyEnv(TextEnv):
         self.child: subprocess.Popen[bytes] | None = None
         if suite.child:
             code = "import time; held = b'x' * 50_000_000; print(1, flush=True); time.sleep(600)"
-            self.child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+            # In a process group of its own, as a simulator that must not hear Ctrl-C.
+            self.child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, process_group=0)
             self.child.stdout.readline()
             self.note("child", self.child.pid)
         self.note("worker", os.getpid())

@@ -2,8 +2,8 @@
 
 They talk over a socket pair in length-prefixed pickles of our own records. Exceptions travel as text, so that a class
 the parent lacks cannot break it. The process is a plain `python -c`, not a fork and not `multiprocessing`: it imports
-neither the parent's main script nor torch, and it leads its own process group, so that a JVM it starts dies with it and
-Ctrl-C at the terminal does not reach it.
+neither the parent's main script nor torch, and it leads a session of its own, so that Ctrl-C at the terminal does not
+reach it and everything it starts, a JVM for instance, can be found and killed with it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import logging
 import os
 import pickle
 import queue
@@ -21,8 +22,10 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping
 from enum import Enum
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from epo.environments.base import TextEnv
@@ -38,6 +41,9 @@ main(int(sys.argv[2]))
 """
 _LENGTH = struct.Struct("!Q")
 _LAST_WORDS = 2000  # bytes of a dead worker's stderr that go into the log
+_DEATH_SECONDS = 5.0  # what the kernel gets to end a killed process
+
+logger = logging.getLogger(__name__)
 
 
 class Request(NamedTuple):
@@ -96,7 +102,7 @@ class Worker:
 
     @property
     def pid(self) -> int:
-        """Process id, and id of the process group that holds all its descendants."""
+        """Process id, and id of the session that holds all its descendants."""
         return self._process.pid
 
     def send(self, message: Any) -> None:
@@ -132,9 +138,14 @@ class Worker:
 
     def kill(self) -> str:
         """End the process and all its descendants now. Returns how it died and the last it wrote to stderr."""
-        # The group is killed before its leader is waited for: until then its id cannot belong to anyone else.
+        # All this before the leader is waited for: until then its id cannot belong to anyone else.
         with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS denies signals to a dead group
             os.killpg(self.pid, signal.SIGKILL)
+        deadline = time.monotonic() + _DEATH_SECONDS
+        while (left := _kill_descendants(self.pid)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if left:
+            logger.error("processes %s of environment worker %d survive SIGKILL", left, self.pid)
         code = self._process.wait()
         size = os.fstat(self._stderr.fileno()).st_size
         words = (
@@ -144,6 +155,35 @@ class Worker:
         self._stderr.close()
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return f"{how}; its last words: {words}" if words else how
+
+
+class ProcessInfo(NamedTuple):
+    """A line of the process table."""
+
+    pid: int
+    session: int
+    rss_bytes: int
+
+
+def process_table() -> list[ProcessInfo]:
+    """All living processes that this one may see; empty where there is no /proc."""
+    page, table = os.sysconf("SC_PAGE_SIZE"), list[ProcessInfo]()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            pid, _, rest = stat.read_text().partition(" (")
+            fields = rest.rpartition(") ")[2].split()  # the name before it may hold anything
+            if fields[0] not in "ZX":
+                table.append(ProcessInfo(int(pid), int(fields[3]), int(fields[21]) * page))
+    return table
+
+
+def _kill_descendants(leader: int) -> list[int]:
+    """Kill what lives in the leader's session, in whatever process group, but the leader. Returns whom it killed."""
+    pids = [process.pid for process in process_table() if process.session == leader != process.pid]
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return pids
 
 
 def main(fd: int) -> None:
@@ -179,6 +219,7 @@ def _listen(connection: socket.socket, inbox: queue.SimpleQueue[Any]) -> None:
             (length,) = _LENGTH.unpack(stream.read(_LENGTH.size))
             inbox.put(pickle.loads(stream.read(length)))
     except (OSError, EOFError, struct.error):
+        _kill_descendants(os.getpid())
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
 

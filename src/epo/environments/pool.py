@@ -11,20 +11,17 @@ replaced by a new one into which the episode is replayed, and the caller notices
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import wait as wait_readable
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from epo.environments._slot import Slot
-from epo.environments._worker import Request, Worker
+from epo.environments._worker import Request, Worker, process_table
 from epo.environments.registry import resolve_suite
 from epo.errors import EnvironmentFailure, UserError
 from epo.types import Observation, Step, Task
@@ -235,12 +232,14 @@ class EnvPool:
 
     def stats(self) -> PoolStats:
         """Counters since the pool was made, and present memory."""
-        usage = _group_rss_bytes()
+        usage = Counter[int]()
+        for process in (table := process_table()):
+            usage[process.session] += process.rss_bytes
         workers = [slot.worker for slot in self._slots]
         return PoolStats(
             restarts={cause: self._causes[cause] for cause in ("died", "hung", "failed")},
             failures=self._causes["given up"],
-            rss_bytes=None if usage is None else [usage.get(w.pid, 0) if w else 0 for w in workers],
+            rss_bytes=[usage[w.pid] if w else 0 for w in workers] if table else None,
         )
 
     def close(self) -> None:
@@ -292,15 +291,3 @@ def _demonstration(task: Task) -> Job[list[Transition] | None]:
             break
         observation = step.observation
     return transitions
-
-
-def _group_rss_bytes() -> dict[int, int] | None:
-    """Resident memory of every process group, by group id."""
-    if not Path("/proc/self/stat").exists():
-        return None
-    page, usage = os.sysconf("SC_PAGE_SIZE"), Counter[int]()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
-            fields = stat.read_text().rpartition(")")[2].split()  # the name before it may hold blanks
-            usage[int(fields[2])] += int(fields[21]) * page
-    return dict(usage)
