@@ -1,0 +1,298 @@
+"""Log-probability and entropy from hidden states or logits, against -sum p log p written out (conformance T7)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from epo.objectives import logits_logprobs_and_entropy, token_logprobs_and_entropy
+
+
+def naive(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Straight from the definition, through autograd."""
+    probabilities = torch.softmax(logits, dim=-1)
+    log_probabilities = torch.log_softmax(logits, dim=-1)
+    picked = log_probabilities[torch.arange(len(targets)), targets]
+    return picked, -(probabilities * log_probabilities).sum(-1)
+
+
+def random_head(num: int, vocab: int, size: int, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(num, size, generator=generator, dtype=dtype)
+    weight = torch.randn(vocab, size, generator=generator, dtype=dtype)
+    bias = torch.randn(vocab, generator=generator, dtype=dtype)
+    targets = torch.randint(vocab, (num,), generator=generator)
+    return hidden, weight, bias, targets
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num=st.integers(1, 9),
+    vocab=st.integers(1, 11),
+    size=st.integers(1, 5),
+    tile_tokens=st.integers(1, 10),
+    tile_vocab=st.integers(1, 12),
+    temperature=st.floats(0.3, 3.0),
+    has_bias=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_values_and_all_gradients_equal_the_definition_for_any_tiling(
+    num: int,
+    vocab: int,
+    size: int,
+    tile_tokens: int,
+    tile_vocab: int,
+    temperature: float,
+    has_bias: bool,
+    seed: int,
+) -> None:
+    hidden, weight, bias, targets = random_head(num, vocab, size, seed=seed)
+    inputs = [hidden, weight, bias] if has_bias else [hidden, weight]
+    upstream = torch.randn(2, num, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+    def run(function: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        logprobs, entropy = function(*leaves)
+        loss = (upstream[0] * logprobs).sum() + (upstream[1] * entropy).sum()
+        return logprobs, entropy, list(torch.autograd.grad(loss, leaves))
+
+    def ours(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return token_logprobs_and_entropy(
+            hidden,
+            weight,
+            targets,
+            head_bias=bias,
+            temperature=temperature,
+            tile_tokens=tile_tokens,
+            tile_vocab=tile_vocab,
+        )
+
+    def theirs(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        logits = hidden @ weight.T
+        return naive((logits if bias is None else logits + bias) / temperature, targets)
+
+    for got, expected in zip(run(ours), run(theirs), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_gradients_agree_with_finite_differences() -> None:
+    hidden, weight, bias, targets = random_head(4, 7, 3)
+    leaves = tuple(tensor.requires_grad_() for tensor in (hidden, weight, bias))
+
+    def fused(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return token_logprobs_and_entropy(
+            hidden, weight, targets, head_bias=bias, temperature=0.7, tile_tokens=3, tile_vocab=2
+        )
+
+    assert torch.autograd.gradcheck(fused, leaves)
+    logits = (hidden @ weight.T).detach().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda z: logits_logprobs_and_entropy(z, targets, temperature=0.7, tile_elements=9), (logits,)
+    )
+
+
+def test_entropy_gradient_is_minus_p_times_log_p_plus_entropy() -> None:
+    logits = torch.randn(5, 13, dtype=torch.float64, requires_grad=True)
+    _, entropy = logits_logprobs_and_entropy(logits, torch.zeros(5, dtype=torch.long))
+    (gradient,) = torch.autograd.grad(entropy.sum(), logits)
+    p = torch.softmax(logits.detach(), -1)
+    expected = -p * (p.log() - (p * p.log()).sum(-1, keepdim=True))
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_logits_version_keeps_leading_dimensions_and_excludes_minus_infinity() -> None:
+    logits = torch.randn(2, 3, 6, dtype=torch.float64)
+    targets = torch.tensor([[0, 1, 2], [3, 0, 1]])
+    full = torch.cat([logits, torch.full((2, 3, 4), -torch.inf, dtype=torch.float64)], dim=-1).requires_grad_()
+    logprobs, entropy = logits_logprobs_and_entropy(full, targets)
+    expected = naive(logits.view(6, 6), targets.view(6))
+    torch.testing.assert_close(logprobs, expected[0].view(2, 3))
+    torch.testing.assert_close(entropy, expected[1].view(2, 3))
+    (gradient,) = torch.autograd.grad((logprobs + entropy).sum(), full)
+    assert gradient.isfinite().all()
+    assert (gradient[..., 6:] == 0).all()
+
+
+def test_bias_of_minus_infinity_excludes_an_entry() -> None:
+    hidden, weight, bias, targets = random_head(5, 8, 3)
+    targets = targets % 4
+    bias[4:] = -torch.inf
+    hidden.requires_grad_()
+    got = token_logprobs_and_entropy(hidden, weight, targets, head_bias=bias, tile_vocab=3)
+    expected = naive(hidden @ weight[:4].T + bias[:4], targets)
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(
+            torch.autograd.grad(ours.sum(), hidden, retain_graph=True)[0],
+            torch.autograd.grad(theirs.sum(), hidden, retain_graph=True)[0],
+        )
+
+
+def test_large_logits_do_not_cancel_in_float32() -> None:
+    """Shifting all logits by 1e4 changes nothing but their rounding, which is the same for the reference."""
+    logits = (torch.randn(20, 50) * 2 + 1e4).float()
+    targets = torch.zeros(20, dtype=torch.long)
+    logprobs, entropy = logits_logprobs_and_entropy(logits, targets)
+    expected = naive(logits.double(), targets)
+    torch.testing.assert_close(logprobs.double(), expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy.double(), expected[1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_certain_token_has_entropy_zero_and_never_less() -> None:
+    logits = torch.randn(500, 40) * 1.0
+    logits[:, 3] = 60.0
+    _, entropy = logits_logprobs_and_entropy(logits, torch.full((500,), 3))
+    assert (entropy >= 0).all()
+    assert (entropy < 1e-6).all()
+
+
+def test_bfloat16_inputs_are_computed_in_float32_and_gradients_return_in_their_dtype() -> None:
+    hidden, weight, _, targets = random_head(33, 70, 16, dtype=torch.float32)
+    low = [tensor.bfloat16().requires_grad_() for tensor in (hidden, weight)]
+    high = [tensor.detach().double().requires_grad_() for tensor in low]
+    got = token_logprobs_and_entropy(low[0], low[1], targets, tile_tokens=8, tile_vocab=16)
+    expected = naive(high[0] @ high[1].T, targets)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+    for leaf, gradient, reference in zip(
+        low,
+        torch.autograd.grad((got[0] + got[1]).sum(), low),
+        torch.autograd.grad((expected[0] + expected[1]).sum(), high),
+        strict=True,
+    ):
+        assert gradient.dtype == leaf.dtype
+        torch.testing.assert_close(gradient.double(), reference, rtol=1e-2, atol=1e-2)
+
+
+def test_autocast_does_not_lower_the_precision() -> None:
+    hidden, weight, _, targets = random_head(17, 40, 8, dtype=torch.float32)
+    plain = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
+    cast = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
+    expected = token_logprobs_and_entropy(plain[0], plain[1], targets)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = token_logprobs_and_entropy(cast[0], cast[1], targets)
+        (got[0] + got[1]).sum().backward()
+    (expected[0] + expected[1]).sum().backward()
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+    for ours, theirs in zip(cast, plain, strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_frozen_inputs_get_no_gradient() -> None:
+    hidden, weight, bias, targets = random_head(6, 9, 4)
+    hidden.requires_grad_()
+    logprobs, entropy = token_logprobs_and_entropy(hidden, weight, targets, head_bias=bias)
+    (logprobs + entropy).sum().backward()
+    assert weight.grad is None
+    assert bias.grad is None
+    with torch.no_grad():
+        assert not token_logprobs_and_entropy(hidden, weight, targets)[1].requires_grad
+
+
+class Recorder(TorchDispatchMode):
+    """Sizes of all tensors that operations return, and how many products ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+        self.products = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes() // tensor.element_size())
+        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        return result
+
+
+def test_no_tensor_of_tokens_times_vocabulary_is_ever_made() -> None:
+    num, vocab, size = 300, 500, 4
+    hidden, weight, _, targets = random_head(num, vocab, size, dtype=torch.float32)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    with Recorder() as ours:
+        logprobs, entropy = token_logprobs_and_entropy(hidden, weight, targets, tile_tokens=32, tile_vocab=64)
+        torch.autograd.grad((logprobs + entropy).sum(), leaves)
+    with Recorder() as theirs:
+        logprobs, entropy = naive(hidden @ weight.T, targets)
+        torch.autograd.grad((logprobs + entropy).sum(), leaves)
+    assert theirs.largest >= num * vocab
+    assert ours.largest == max(2 * 32 * 64, num * size, vocab * size)
+
+
+def test_a_frozen_head_saves_the_product_for_its_gradient() -> None:
+    products = {}
+    for is_frozen in (False, True):
+        hidden, weight, _, targets = random_head(10, 20, 3)
+        weight.requires_grad_(not is_frozen)
+        with Recorder() as recorder:
+            sum(token_logprobs_and_entropy(hidden.requires_grad_(), weight, targets)).sum().backward()
+        products[is_frozen] = recorder.products
+    assert products == {False: 4, True: 3}
+
+
+def test_tied_embedding_collects_both_gradients() -> None:
+    torch.manual_seed(0)
+    ids = torch.tensor([1, 4, 4, 2])
+    targets = torch.tensor([4, 4, 2, 0])
+    gradients = []
+    for is_fused in (True, False):
+        embedding = torch.linspace(-1, 1, 30, dtype=torch.float64).view(6, 5).sin().requires_grad_()
+        hidden = torch.tanh(embedding[ids])
+        logprobs, entropy = (
+            token_logprobs_and_entropy(hidden, embedding, targets, tile_vocab=4)
+            if is_fused
+            else naive(hidden @ embedding.T, targets)
+        )
+        gradients.append(torch.autograd.grad((entropy - logprobs).sum(), embedding)[0])
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+
+
+def test_an_output_that_is_not_used_contributes_nothing() -> None:
+    hidden, weight, _, targets = random_head(6, 9, 4)
+    hidden.requires_grad_()
+    fused = token_logprobs_and_entropy(hidden, weight, targets)
+    plain = naive(hidden @ weight.T, targets)
+    for ours, theirs in zip(fused, plain, strict=True):
+        torch.testing.assert_close(
+            torch.autograd.grad(ours.sum(), hidden, retain_graph=True),
+            torch.autograd.grad(theirs.sum(), hidden, retain_graph=True),
+        )
+
+
+def test_no_tokens_give_empty_results_and_zero_gradients() -> None:
+    hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.ones(9, 4, requires_grad=True)
+    logprobs, entropy = token_logprobs_and_entropy(hidden, weight, torch.zeros(0, dtype=torch.long))
+    assert logprobs.shape == entropy.shape == (0,)
+    (logprobs.sum() + entropy.sum()).backward()
+    assert torch.equal(weight.grad, torch.zeros(9, 4))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets_N": torch.tensor([0, -100])}, r"targets must lie in \[0, 5\), got -100"),
+        ({"targets_N": torch.tensor([0, 5])}, r"targets must lie in \[0, 5\), got 5"),
+        ({"targets_N": torch.tensor([0])}, r"targets must be \[2\]"),
+        ({"temperature": 0.0}, "temperature must be > 0, got 0.0"),
+        ({"head_weight_V_D": torch.ones(5, 4)}, "same D"),
+        ({"head_bias": torch.ones(4)}, r"head_bias must be \[5\]"),
+        ({"tile_vocab": 0}, "at least 1"),
+    ],
+)
+def test_inputs_that_cannot_be_right_are_refused(change: dict[str, Any], message: str) -> None:
+    options: dict[str, Any] = {
+        "hidden_N_D": torch.ones(2, 3),
+        "head_weight_V_D": torch.ones(5, 3),
+        "targets_N": torch.tensor([0, 1]),
+    }
+    with pytest.raises(ValueError, match=message):
+        token_logprobs_and_entropy(**(options | change))
