@@ -23,8 +23,8 @@ from epo.errors import UserError
 
 PACKAGES = ("alfworld", "textworld", "fast-downward-textworld")
 """Distributions whose versions decide what an episode looks like."""
-TRANSLATIONS_KEPT = 64
-"""Games whose translation is remembered in one process."""
+GAMES_KEPT = 64
+"""Games whose grammar and translation are remembered in one process; a large kitchen takes about 4 MB."""
 _MODULES = ("alfworld", "textworld", "fast_downward")
 
 
@@ -81,18 +81,19 @@ def install() -> None:
     """Replace the slow pure functions of `textworld` and `fast_downward` in this process. Idempotent."""
     with contained():
         import fast_downward
+        import textworld.envs.pddl.logic as game_logic
         import textworld.envs.pddl.textgen as textgen
-        from textworld.envs.pddl.logic import PddlState
         from textworld.logic import Proposition, Rule
 
     if getattr(textgen, "_epo_memo", False):
         return
     textgen._epo_memo = True  # type: ignore[attr-defined]
     _memoise_grammar(textgen)
-    # A rule is never changed after parsing, so one object may serve every query.
+    # What these parsers give (a game's actions and production rules, a query) is only read, so it may be shared.
+    game_logic._parse_and_convert = lru_cache(maxsize=GAMES_KEPT)(game_logic._parse_and_convert)
     Rule.parse_conjunctive_query = staticmethod(lru_cache(maxsize=4096)(Rule.parse_conjunctive_query))  # type: ignore[assignment]
     _speed_up_sorting(Proposition)
-    _memoise_translation(fast_downward, PddlState)
+    _memoise_translation(fast_downward, game_logic.PddlState)
 
 
 def _memoise_grammar(textgen: Any) -> None:
@@ -144,7 +145,7 @@ def _speed_up_sorting(proposition: Any) -> None:
 def _memoise_translation(fast_downward: Any, state: Any) -> None:
     pddl2sas, replan = fast_downward.pddl2sas, state.replan
 
-    @lru_cache(maxsize=TRANSLATIONS_KEPT)
+    @lru_cache(maxsize=GAMES_KEPT)
     def translate(domain: str, problem: str, optimize: bool) -> tuple[Any, str]:
         argv = sys.argv
         try:
