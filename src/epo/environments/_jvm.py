@@ -64,9 +64,21 @@ def require_java(java: str | os.PathLike[str] | None = None, *, needed_by: str) 
 
 
 def java_version(java: Path) -> str:
-    """First line of `java -version`, for provenance records."""
-    run = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=START_TIMEOUT_SECONDS, check=True)
-    return (run.stderr or run.stdout).splitlines()[0].strip()
+    """What `java -version` says of itself, such as `openjdk version "17.0.15" 2025-04-15`.
+
+    Raises:
+        UserError: it is older than Java 11, or no Java at all.
+    """
+    try:
+        run = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=START_TIMEOUT_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"{java} does not run ({error}). Fix: {_NEXT_STEP}") from error
+    found = re.search(r'^.*version "(\d+).*$', run.stderr + run.stdout, re.MULTILINE)
+    if found is None:
+        raise UserError(f"{java} is no Java: it does not answer to -version. Fix: {_NEXT_STEP}")
+    if int(found[1]) < 11:
+        raise UserError(f"{java} is too old ({found[0].strip()}). Fix: {_NEXT_STEP}")
+    return found[0].strip()
 
 
 class Jvm:
@@ -98,6 +110,9 @@ class Jvm:
     ) -> None:
         from py4j.java_gateway import find_jar_path
 
+        self.classes: Any = None
+        """The package tree, as in `jvm.classes.java.util.ArrayList()`."""
+        self._client: Any = None
         command = [
             str(java),
             *options,
@@ -115,12 +130,14 @@ class Jvm:
             )
             try:
                 port, token = self._read_port_and_token()
-                self._gateway = _connect(port, token, read_timeout)
-                java_lang, java_io = self._gateway.jvm.java.lang, self._gateway.jvm.java.io
+                gateway = _connect(port, token, read_timeout)
+                self._client = gateway._gateway_client
+                self.classes = gateway.jvm
+                java_lang, java_io = self.classes.java.lang, self.classes.java.io
                 # Nobody reads the pipe from here on, so nothing may be written to it.
                 java_lang.System.setOut(java_io.PrintStream(java_io.OutputStream.nullOutputStream()))
             except Exception as error:
-                self.kill()
+                self.close()
                 stderr.seek(0)
                 said = stderr.read().decode(errors="replace").strip()
                 message = f"the JVM did not start ({error}). {java} said: {said or 'nothing'}"
@@ -134,18 +151,17 @@ class Jvm:
     def is_alive(self) -> bool:
         return self._process.poll() is None
 
-    @property
-    def classes(self) -> Any:
-        """The package tree, as in `jvm.classes.java.util.ArrayList()`."""
-        return self._gateway.jvm
-
     def strings(self, java_list: Any) -> list[str]:
         """A Java list of strings, fetched in one reply instead of one per entry."""
-        joined: str = self._gateway.jvm.java.lang.String.join(_SEPARATOR, java_list)
+        joined: str = self.classes.java.lang.String.join(_SEPARATOR, java_list)
         return joined.split(_SEPARATOR) if joined else []
 
-    def kill(self) -> None:
-        """End the JVM now, even when it is stopped or hangs. Safe to call twice."""
+    def close(self) -> None:
+        """End the JVM, also when it is stopped or hangs; it holds nothing worth an orderly exit. Safe to call twice."""
+        if self._client is not None:
+            # Finalizers of Java objects would go on telling the dead JVM that they are no longer needed.
+            self._client.is_connected = False
+            self._client.close()
         if self.is_alive:
             self._process.kill()
         self._process.wait()
@@ -153,11 +169,6 @@ class Jvm:
             if pipe is not None:
                 with contextlib.suppress(OSError):
                     pipe.close()
-
-    def close(self) -> None:
-        """Close the connection and end the JVM. It holds nothing that is worth an orderly exit. Safe to call twice."""
-        self._gateway.close()
-        self.kill()
 
     def _read_port_and_token(self) -> tuple[int, str]:
         """The two lines py4j prints. Lines before them are warnings of the JVM."""

@@ -111,8 +111,7 @@ class ScienceWorldSuite(TaskSuite):
         return ScienceWorldEnv(**self._env_options)
 
     def prepare(self) -> None:
-        _simulator_jar()
-        require_java(self._java, needed_by="ScienceWorld")
+        self.provenance()
 
     def provenance(self) -> dict[str, Any]:
         """Version and JAR hash of the simulator, and the Java it runs on."""
@@ -188,7 +187,7 @@ class ScienceWorldEnv(TextEnv):
             raise RuntimeError("step() needs an episode: call reset() first, also after an EnvironmentFailure")
         action = _sanitised(action)
         with self._ending_jvm_on_failure():
-            text: str = _NOT_UNDERSTOOD if _is_reset(action) else self._simulator.step(action)
+            text: str = self._simulator.step("" if _is_reset(action) else action)
             self._check_error_state()
             score: float = self._simulator.getScore()
             success = score >= 1.0 and bool(self._simulator.getCompleted())
