@@ -116,7 +116,9 @@ def test_killed_workers_go_unnoticed(log: Path, caplog: pytest.LogCaptureFixture
     ("fault", "cause"),
     [("exit", "died"), ("crash", "died"), ("hang", "hung"), ("raise", "failed"), ("environment failure", "failed")],
 )
-def test_a_fault_costs_a_restart_and_nothing_else(fault: str, cause: str, at: int, log: Path):
+def test_a_fault_costs_a_restart_and_nothing_else(
+    fault: str, cause: str, at: int, log: Path, caplog: pytest.LogCaptureFixture
+):
     options = {"log": str(log), "fault": fault, "at": at}
     # A worker's first call, the reset, has the slow limit.
     limits = {"timeout_seconds": 2.0, "slow_timeout_seconds": 3.0 if at == 0 else 60.0} if fault == "hang" else {}
@@ -125,6 +127,10 @@ def test_a_fault_costs_a_restart_and_nothing_else(fault: str, cause: str, at: in
         assert log.read_text().count("fault") == 1
         assert pool.stats().restarts == {"died": 0, "hung": 0, "failed": 0} | {cause: 1}
         assert pool.stats().failures == 0
+    in_log = {"exit": "exit code 3", "crash": "Segmentation fault", "hang": "no answer before the deadline"}
+    assert in_log.get(fault, "in misbehave") in caplog.text, (
+        "what the log tells of the cause; a traceback if there is one"
+    )
 
 
 def test_a_stopped_process_is_replaced(log: Path):
@@ -234,6 +240,8 @@ def test_user_errors_arrive_as_user_errors(log: Path):
         pending = [pool.submit_reset(0, TASKS[0]), pool.submit_reset(1, TASKS[1])]
         with pytest.raises(UserError, match="'length' must be at least 1, not 0"):
             pool.gather(pending)
+        with pytest.raises(UserError, match="'length' must be at least 1"):
+            pool.wait(pool.submit_reset(1, TASKS[1]))
     with EnvPool("faulty", {"log": str(log), "fault": "user error", "at": 0, "times": 99}, size=2) as pool:
         with pytest.raises(UserError, match="no such task, choose another"):
             pool.map(episode, TASKS[:4])

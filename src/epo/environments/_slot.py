@@ -81,11 +81,8 @@ class Slot:
             self._call_next()
 
     def take(self) -> Any:
-        """The outcome of the last request. A UserError is raised."""
-        outcome = self._outcomes.pop()
-        if isinstance(outcome, UserError):
-            raise outcome
-        return outcome
+        """The outcome of the last request: a result, an EnvironmentFailure, or a UserError that is to be raised."""
+        return self._outcomes.pop()
 
     def advance(self, *, is_readable: bool) -> None:
         """Act on what the worker sent or, if it sent nothing and the deadline has passed, on its silence."""
@@ -168,12 +165,14 @@ class Slot:
 
     def _recover(self, cause: str, detail: str) -> None:
         """Replace the worker and begin the replay, or give the episode up when that was done often enough."""
-        who = f"environment worker {self.index}"
+        who, last_words = f"environment worker {self.index}", ""
         if self.worker is not None:
             who += f" (pid {self.worker.pid})"
-            end = self.worker.kill()
+            end, last_words = self.worker.kill()
             detail += f" ({end})" if cause == "died" else ""
             self.worker, self._is_ready = None, False
+        if last_words:
+            logger.warning("%s wrote at last:\n%s", who, last_words)
         if self.restarts >= self.max_restarts:
             self._give_up(f"{who} {cause}: {detail}; already replaced {self.restarts} times in this episode")
             return

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -136,8 +137,8 @@ class Worker:
         del self._buffer[: _LENGTH.size + length]
         return answer
 
-    def kill(self) -> str:
-        """End the process and all its descendants now. Returns how it died and the last it wrote to stderr."""
+    def kill(self) -> tuple[str, str]:
+        """End the process and all its descendants now. Returns how it died, and the last it wrote to stderr."""
         # All this before the leader is waited for: until then its id cannot belong to anyone else.
         with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS denies signals to a dead group
             os.killpg(self.pid, signal.SIGKILL)
@@ -153,8 +154,7 @@ class Worker:
         )
         self.socket.close()
         self._stderr.close()
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return f"{how}; its last words: {words}" if words else how
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}", words
 
 
 class ProcessInfo(NamedTuple):
@@ -236,4 +236,5 @@ def _send(connection: socket.socket, message: tuple[Answer, Any]) -> None:
 def _explain(error: Exception) -> tuple[Answer, str]:
     if isinstance(error, UserError):
         return Answer.USER_ERROR, str(error)
+    traceback.print_exception(error)  # to the file whose end `Worker.kill` returns
     return Answer.FAILURE, f"{type(error).__name__}: {error}"

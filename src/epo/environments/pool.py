@@ -148,7 +148,7 @@ class EnvPool:
                 raise RuntimeError(f"slot {slot.index}: this call was gathered already")
         while any(slot.is_busy for slot in slots):
             self._pump()
-        return [slot.take() for slot in slots]
+        return _results([slot.take() for slot in slots])
 
     def wait(self, pending: Pending[Reply]) -> Reply | EnvironmentFailure:
         """`gather` for one call."""
@@ -211,7 +211,7 @@ class EnvPool:
                 self._pump()
                 for slot in self._slots:
                     if slot.has_outcome:
-                        advance(slot.index, slot.take())
+                        advance(slot.index, *_results([slot.take()]))
         except BaseException:
             for slot in self._slots:
                 if slot.is_busy or slot.has_outcome:
@@ -276,6 +276,13 @@ class EnvPool:
         readable = wait_readable(list(busy), max(0.0, seconds))
         for socket, slot in busy.items():
             slot.advance(is_readable=socket in readable)
+
+
+def _results(outcomes: list[Any]) -> list[Any]:
+    for outcome in outcomes:
+        if isinstance(outcome, UserError):
+            raise outcome
+    return outcomes
 
 
 def _demonstration(task: Task) -> Job[list[Transition] | None]:
