@@ -47,6 +47,7 @@ def check(result: object, expected: list[float], values: torch.Tensor) -> None:
     torch.testing.assert_close(returns, advantages + values)
 
 
+@settings(deadline=None)
 @given(steps=st.lists(st.tuples(small, small), min_size=1, max_size=12), gamma=unit, lam=unit, last=small)
 def test_gae_equals_the_direct_sum(steps: list[tuple[float, float]], gamma: float, lam: float, last: float) -> None:
     rewards, values = (torch.tensor(column, dtype=torch.float64) for column in zip(*steps, strict=True))
@@ -54,6 +55,7 @@ def test_gae_equals_the_direct_sum(steps: list[tuple[float, float]], gamma: floa
     check(result, direct_sum(rewards.tolist(), values.tolist(), gamma, lam, last), values)
 
 
+@settings(deadline=None)
 @given(turns=trajectories, gamma=unit, lam=unit)
 def test_within_turn_gae_is_gae_of_each_turn_alone(
     turns: list[tuple[float, list[float], int]], gamma: float, lam: float
@@ -67,6 +69,7 @@ def test_within_turn_gae_is_gae_of_each_turn_alone(
     check(within_turn_gae(rewards, values, turn_ids, gamma=gamma, lam=lam), expected, values)
 
 
+@settings(deadline=None)
 @given(turns=trajectories)
 def test_within_turn_gae_at_the_release_setting_is_reward_minus_value(
     turns: list[tuple[float, list[float], int]],
@@ -76,6 +79,7 @@ def test_within_turn_gae_at_the_release_setting_is_reward_minus_value(
     assert result.returns_N.tolist() == pytest.approx([r for r, tokens, _ in turns for _ in tokens], abs=1e-9)
 
 
+@settings(deadline=None)
 @given(turns=trajectories, gamma=unit, lam=unit, last=small)
 def test_trajectory_gae_is_gae_of_all_tokens_with_rewards_at_turn_ends(
     turns: list[tuple[float, list[float], int]], gamma: float, lam: float, last: float
@@ -86,6 +90,7 @@ def test_trajectory_gae_is_gae_of_all_tokens_with_rewards_at_turn_ends(
     check(trajectory_gae(rewards, values, turn_ids, gamma=gamma, lam=lam, last_value=last), expected, values)
 
 
+@settings(deadline=None)
 @given(turns=trajectories, gamma=unit, lam=unit, last=small)
 def test_turn_gae_is_gae_of_turns_shared_by_their_tokens(
     turns: list[tuple[float, list[float], int]], gamma: float, lam: float, last: float
@@ -99,6 +104,7 @@ def test_turn_gae_is_gae_of_turns_shared_by_their_tokens(
     assert result.returns_N.tolist() == pytest.approx([r for _, r in expected], abs=1e-9)
 
 
+@settings(deadline=None)
 @given(turns=trajectories, gammas=st.tuples(unit, unit), lams=st.tuples(unit, unit), last=small)
 def test_bilevel_gae_is_turn_level_then_token_level(
     turns: list[tuple[float, list[float], int]], gammas: tuple[float, float], lams: tuple[float, float], last: float
@@ -124,6 +130,7 @@ def test_bilevel_gae_is_turn_level_then_token_level(
     check(result, expected, values)
 
 
+@settings(deadline=None)
 @given(turns=trajectories, gamma=unit, lam=unit)
 def test_all_estimators_agree_when_every_turn_is_one_token(
     turns: list[tuple[float, list[float], int]], gamma: float, lam: float
@@ -160,6 +167,7 @@ def test_wrong_shapes_and_orders_are_refused() -> None:
 rewards_of_group = st.lists(st.floats(-10, 10), min_size=2, max_size=8)
 
 
+@settings(deadline=None)
 @given(rewards=rewards_of_group)
 def test_group_relative_is_the_standard_score_of_the_group(rewards: list[float]) -> None:
     got = group_relative(torch.tensor(rewards, dtype=torch.float64)).tolist()
@@ -179,7 +187,7 @@ def test_nothing_to_compare_gives_exactly_zero(normalise_std: bool) -> None:
     assert group_relative(torch.tensor([1, 1, 1]), normalise_std=normalise_std).tolist() == [0.0] * 3
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(groups=st.lists(rewards_of_group, min_size=2, max_size=4), shift=st.floats(1, 100))
 def test_another_groups_rewards_never_change_a_groups_advantages(groups: list[list[float]], shift: float) -> None:
     before = [group_relative(torch.tensor(group, dtype=torch.float64)) for group in groups]
@@ -191,6 +199,7 @@ def test_another_groups_rewards_never_change_a_groups_advantages(groups: list[li
         assert float(advantages.sum()) == pytest.approx(0.0, abs=1e-6)
 
 
+@settings(deadline=None)
 @given(values=st.lists(small, min_size=2, max_size=20))
 def test_whiten_gives_the_standard_scores(values: list[float]) -> None:
     got = whiten(torch.tensor(values, dtype=torch.float64)).tolist()

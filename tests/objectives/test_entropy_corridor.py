@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epo.objectives import EntropyHistory, phase_weight, smoothing_penalty
@@ -21,6 +21,7 @@ def test_phase_weight_follows_equation_e6() -> None:
     assert phase_weight(75, 150, gamma=1.5) == pytest.approx(1 + math.exp(-1.5), rel=1e-15)
 
 
+@settings(deadline=None)
 @given(total=st.integers(1, 400), factor=st.integers(2, 5))
 def test_phase_weight_depends_on_the_configured_length_only(total: int, factor: int) -> None:
     """The same share of a run has the same weight in a run `factor` times as long."""
@@ -40,6 +41,7 @@ def test_phase_weight_edges() -> None:
             phase_weight(**wrong)
 
 
+@settings(deadline=None)
 @given(
     entropies=st.lists(st.floats(0, 8), min_size=1, max_size=20),
     reference=st.floats(0.01, 4),
@@ -141,6 +143,7 @@ def test_per_turn_references_average_the_steps_that_reached_the_turn() -> None:
     assert history.reference() == 4.0
 
 
+@settings(deadline=None)
 @given(
     steps=st.lists(st.dictionaries(st.integers(0, 5), st.floats(0, 9), min_size=1), max_size=6),
     window=st.none() | st.integers(1, 4),

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epo.objectives import clipped_surrogate, kl_penalty, value_loss
@@ -29,6 +29,7 @@ def scalar_surrogate(
 numbers = st.integers(-3000, 3000).map(lambda thousandths: thousandths / 1000)
 
 
+@settings(deadline=None)
 @given(
     rows=st.lists(st.tuples(numbers, numbers, numbers), min_size=1, max_size=12),
     low=st.floats(0.05, 0.5),
@@ -126,6 +127,7 @@ def test_unknown_kl_kind_is_refused() -> None:
         kl_penalty(torch.zeros(1), torch.zeros(1), kind="k4")
 
 
+@settings(deadline=None)
 @given(rows=st.lists(st.tuples(numbers, numbers, numbers), min_size=1), clip=st.none() | st.floats(0.1, 1))
 def test_value_loss_equals_its_definition(rows: list[tuple[float, float, float]], clip: float | None) -> None:
     values, old, returns = (torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True))

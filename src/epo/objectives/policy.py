@@ -75,8 +75,8 @@ def kl_penalty(logprobs_N: Tensor, reference_logprobs_N: Tensor, *, kind: KLKind
     """Per-token estimate of KL(pi || reference) from tokens drawn from pi (Schulman, "Approximating KL divergence").
 
     With d = log reference - log pi: k1 = -d (unbiased, may be negative), k2 = d^2 / 2 (biased), k3 = exp(d) - d - 1
-    (unbiased, never negative). As a loss on tokens of the current policy, k2 has the gradient of the KL, k3 nearly so
-    close to the reference, and k1 has a gradient of expectation zero: use k1 in rewards and for logging.
+    (unbiased, never negative). As a loss on tokens of the current policy, the expected gradient is that of
+    KL(pi || reference) for k2, of KL(reference || pi) for k3, and zero for k1: use k1 in rewards and for logging.
 
     Args:
         logprobs_N: [N] under the policy.
