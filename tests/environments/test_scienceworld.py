@@ -308,7 +308,7 @@ def test_admissible_valid_lists_actions_that_are_understood_and_stays_within_its
 
 
 SCRIPTS = {
-    # Chosen because each differs from run to run with memory addresses as identity hashes.
+    # With the JVM's default identity hashes the paint and the genetics task differ at the second time in one JVM.
     "grow-fruit/0": ["teleport to greenhouse", "look around", "wait", "look around", "wait", "look around"],
     "chemistry-mix-paint-secondary-color/0": ["teleport to art studio", "look around", "open large cupboard",
                                               "look in large cupboard", "look around"],
