@@ -136,8 +136,10 @@ class Jvm:
                 java_lang, java_io = self.classes.java.lang, self.classes.java.io
                 # Nobody reads the pipe from here on, so nothing may be written to it.
                 java_lang.System.setOut(java_io.PrintStream(java_io.OutputStream.nullOutputStream()))
-            except Exception as error:
+            except BaseException as error:
                 self.close()
+                if not isinstance(error, Exception):
+                    raise
                 stderr.seek(0)
                 said = stderr.read().decode(errors="replace").strip()
                 message = f"the JVM did not start ({error}). {java} said: {said or 'nothing'}"
