@@ -83,7 +83,7 @@ class ModelConfig(Section):
 class ImitationConfig(Section):
     """Warm start on expert demonstrations of the training split."""
 
-    demonstrations: int = Field(default=0, ge=0)
+    demonstrations: int = Field(default=200, ge=0)
     """Expert episodes to learn from; 0 skips the warm start."""
     batches: int = Field(default=200, ge=1)
     batch_size: int = Field(default=16, ge=1)
@@ -224,6 +224,10 @@ class Config(Section):
     def _cross_checks(self) -> Self:
         if self.algorithm.name == "grpo" and self.rollout.group_size < 2:
             raise ValueError("algorithm.name=grpo compares episodes of one task: set rollout.group_size to 2 or more")
+        if self.model.path == "tiny" and self.imitation.demonstrations == 0:
+            raise ValueError(
+                "model.path='tiny' is made from demonstrations: set imitation.demonstrations, or give a model directory"
+            )
         if self.agent.max_response_tokens >= self.model.max_context:
             raise ValueError(
                 f"agent.max_response_tokens {self.agent.max_response_tokens} leaves no room for a prompt: "
@@ -236,9 +240,11 @@ class Config(Section):
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that ship with the package, folders as prefixes."""
+    """Names of the recipes that ship with the package, folders as prefixes. `_name` files are parts of recipes."""
     root = Path(str(resources.files("epo") / "recipes"))
-    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+    files = [path for path in root.rglob("*.yaml") if not path.name.startswith("_")]
+    # Not with_suffix: model names in recipe names have dots.
+    return sorted(path.relative_to(root).as_posix().removesuffix(".yaml") for path in files)
 
 
 def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
@@ -248,8 +254,22 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
         UserError: unknown recipe or key (the nearest name is offered), bad value, unreadable file.
     """
     tree = _read(recipe, seen=())
-    tree.setdefault("name", Path(recipe).with_suffix("").name)
+    tree.setdefault("name", Path(recipe).name.removesuffix(".yaml"))
     for override in overrides:
+        _apply(tree, override)
+    return parse_config(tree)
+
+
+def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """`config` with `key=value` overrides applied, checked again.
+
+    Raises:
+        UserError: unknown key or bad value.
+    """
+    tree = config.model_dump(mode="json")
+    for override in overrides:
+        if override.startswith("environment.suite="):
+            tree["environment"]["options"] = {}
         _apply(tree, override)
     return parse_config(tree)
 

@@ -64,9 +64,10 @@ class ContextFactory:
         )
 
     def __call__(self) -> Context:
+        shown = self._config.list_actions
         if self._config.context == "transcript":
-            return TranscriptContext(self._chat, self._prompt)
-        return WindowContext(self._chat, self._prompt, window=self._config.window)
+            return TranscriptContext(self._chat, self._prompt, list_actions=shown)
+        return WindowContext(self._chat, self._prompt, list_actions=shown, window=self._config.window)
 
 
 class RolloutCollector:
@@ -177,10 +178,7 @@ class RolloutCollector:
         start = time.perf_counter()
         slots = sorted(live)
         completions = self._sampler.generate(
-            [
-                Request(episode=live[s].number, prompt_ids=live[s].prompt_ids, random=live[s].random)
-                for s in slots
-            ],
+            [Request(episode=live[s].number, prompt_ids=live[s].prompt_ids, random=live[s].random) for s in slots],
             temperature=temperature,
             train_temperature=self._train_temperature,
             max_tokens=self._config.max_response_tokens,

@@ -28,9 +28,10 @@ class TranscriptContext(Context):
     Cost per episode is linear in its turns: the sampler keeps the keys and values, and packing makes one training row.
     """
 
-    def __init__(self, chat: ChatFormat, prompt: Prompt) -> None:
+    def __init__(self, chat: ChatFormat, prompt: Prompt, *, list_actions: bool) -> None:
         self._chat = chat
         self._prompt = prompt
+        self._list_actions = list_actions
         self._ids: list[int] = []
         self._actions: list[str] = []
         self._goal = ""
@@ -51,7 +52,7 @@ class TranscriptContext(Context):
         return self._prompt.render(
             observation.text,
             goal=self._goal,
-            admissible_actions=observation.admissible_actions,
+            admissible_actions=observation.admissible_actions if self._list_actions else None,
             actions=self._actions,
         )
 
@@ -59,9 +60,10 @@ class TranscriptContext(Context):
 class WindowContext(Context):
     """The paper's context: one message per turn, rendered anew, that shows the last `window` observation-action pairs."""
 
-    def __init__(self, chat: ChatFormat, prompt: Prompt, *, window: int) -> None:
+    def __init__(self, chat: ChatFormat, prompt: Prompt, *, list_actions: bool, window: int) -> None:
         self._chat = chat
         self._prompt = prompt
+        self._list_actions = list_actions
         self._window = window
         self._pairs: list[Pair] = []
         self._observation = ""
@@ -81,7 +83,7 @@ class WindowContext(Context):
         text = self._prompt.render(
             observation.text,
             goal=self._goal,
-            admissible_actions=observation.admissible_actions,
+            admissible_actions=observation.admissible_actions if self._list_actions else None,
             history=self._pairs[max(0, len(self._pairs) - self._window) :],
             actions=[pair.action for pair in self._pairs],
         )

@@ -86,7 +86,7 @@ class LocalSampler(Sampler):
         # before any mask shows them; the spare position takes those that would fall off the end.
         self._length = policy.max_context + 1
         self._view = _View(num_slots=max_episodes, length=self._length)
-        layers = [_SlotLayer(self._view) for _ in range(policy.model.config.num_hidden_layers)]
+        layers: list[Any] = [_SlotLayer(self._view) for _ in range(policy.model.config.num_hidden_layers)]
         self._cache = Cache(layers=layers)
         self._cached: dict[int, list[int]] = {}
         self._slot_of: dict[int, int] = {}
@@ -113,7 +113,9 @@ class LocalSampler(Sampler):
         self._drop_stale()
         for request in requests:
             if len(request.prompt_ids) + max_tokens > self._policy.max_context:
-                raise ValueError(f"episode {request.episode}: prompt and response exceed max_context {self._policy.max_context}")
+                raise ValueError(
+                    f"episode {request.episode}: prompt and response exceed max_context {self._policy.max_context}"
+                )
             self._admit(request.episode)
         drawn = {r.episode: _Drawn() for r in requests}
         live = sorted(requests, key=lambda r: self._slot_of[r.episode])

@@ -87,7 +87,9 @@ def micro_batches(
         yield _pad(rows, spans, chunk, device=device)
 
 
-def _pad(rows: Sequence[PackedRow], spans: Sequence[slice], chunk: Sequence[int], *, device: torch.device) -> MicroBatch:
+def _pad(
+    rows: Sequence[PackedRow], spans: Sequence[slice], chunk: Sequence[int], *, device: torch.device
+) -> MicroBatch:
     width = max(len(rows[i]) for i in chunk)
     token_ids_B_T = np.zeros((len(chunk), width), dtype=np.int64)
     row_n: list[np.ndarray] = []

@@ -68,9 +68,13 @@ def read_state(path: Path) -> dict[str, Any]:
         content = json.loads((path / "state.json").read_text(encoding="utf-8"))
         version, sums = int(content["format"]), dict(content["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"checkpoint {str(path)!r} cannot be read ({error}): delete it to go on from the one before") from None
+        raise UserError(
+            f"checkpoint {str(path)!r} cannot be read ({error}): delete it to go on from the one before"
+        ) from None
     if version != FORMAT:
-        raise UserError(f"checkpoint {str(path)!r} has format {version}, this version of epo reads {FORMAT}: use the epo that wrote it")
+        raise UserError(
+            f"checkpoint {str(path)!r} has format {version}, this version of epo reads {FORMAT}: use the epo that wrote it"
+        )
     for name, expected in sums.items():
         file = path / name
         if not file.is_file() or _sha256(file) != expected:

@@ -54,9 +54,7 @@ def _estimate(trajectory: Trajectory, values_n: Tensor, turn_ids_n: Tensor, conf
             return within_turn_gae(paid_K, values_n, turn_ids_n, gamma=gamma, lam=lam)
 
 
-def grpo_advantages(
-    groups: Sequence[Sequence[Trajectory]], data: TokenData, config: AlgorithmConfig
-) -> Tensor:
+def grpo_advantages(groups: Sequence[Sequence[Trajectory]], data: TokenData, config: AlgorithmConfig) -> Tensor:
     """Group-relative advantages [N]: every token of a trajectory carries its trajectory's advantage.
 
     `groups` partitions the step's trajectories in order; statistics never leave a group.

@@ -139,9 +139,7 @@ class Learner:
 
     # ---------------------------------------------------------------- optimiser steps
 
-    def _minibatch(
-        self, data: _StepData, trajectory_ids: set[int], *, step: int, on_policy: bool
-    ) -> dict[str, float]:
+    def _minibatch(self, data: _StepData, trajectory_ids: set[int], *, step: int, on_policy: bool) -> dict[str, float]:
         """Accumulate the gradient over micro-batches and step once. Losses and metrics of micro-batches add up."""
         config, tokens = self.config, data.tokens
         rows = [i for i, row in enumerate(data.batch.rows) if row.trajectory_id in trajectory_ids]
@@ -239,9 +237,7 @@ class Learner:
 
     def _micro_batches(self, batch: PackedBatch, tokens: TokenData, indices: Sequence[int]) -> list[MicroBatch]:
         budget = self.config.optimizer.microbatch_tokens
-        return list(
-            micro_batches(batch.rows, tokens.row_spans, indices, max_tokens=budget, device=self.policy.device)
-        )
+        return list(micro_batches(batch.rows, tokens.row_spans, indices, max_tokens=budget, device=self.policy.device))
 
     def _hidden(self, policy: Policy, micro: MicroBatch) -> Tensor:
         return policy.hidden(micro.token_ids_B_T)
@@ -292,9 +288,7 @@ def learning_rate_factor(step: int, total: int, *, warmup_fraction: float, min_r
     return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def _minibatches(
-    survivors: Sequence[Sequence[Trajectory]], count: int, shuffle: np.random.Generator
-) -> list[set[int]]:
+def _minibatches(survivors: Sequence[Sequence[Trajectory]], count: int, shuffle: np.random.Generator) -> list[set[int]]:
     """Deal whole task groups into `count` mini-batches (fewer when there are fewer groups), as trajectory ids."""
     ids: list[list[int]] = []
     start = 0

@@ -109,7 +109,7 @@ def load_policy(folder: str | Path, config: ModelConfig) -> Policy:
     _check_directory(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             local_files_only=True,
             use_safetensors=True,
@@ -125,7 +125,9 @@ def load_policy(folder: str | Path, config: ModelConfig) -> Policy:
     model.eval()  # no dropout: the sampler and the learner must compute the same numbers
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and config.max_context > limit:
-        raise UserError(f"model.max_context={config.max_context} exceeds what {str(folder)!r} can read: at most {limit}")
+        raise UserError(
+            f"model.max_context={config.max_context} exceeds what {str(folder)!r} can read: at most {limit}"
+        )
     return Policy(model, tokenizer, max_context=config.max_context)
 
 
@@ -158,7 +160,9 @@ def _refuse_unsupported(model: Any, *, max_context: int) -> None:
     kind = getattr(config, "model_type", type(model).__name__)
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, name, None) not in (None, 1, 1.0):
-            raise UserError(f"models of type {kind!r} are not supported: their head applies {name}, which the token head does not")
+            raise UserError(
+                f"models of type {kind!r} are not supported: their head applies {name}, which the token head does not"
+            )
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None)
     if layers - {"full_attention", "sliding_attention"}:

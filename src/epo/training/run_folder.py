@@ -1,7 +1,7 @@
 """The folder of a run: what was asked, what happened, and where to go on.
 
-    config.yaml  provenance.json  metrics.jsonl  eval.jsonl  trajectories/  checkpoints/  tensorboard/
-    plot.svg  report.html  summary.json
+config.yaml  provenance.json  metrics.jsonl  eval.jsonl  trajectories/  checkpoints/  tensorboard/
+plot.svg  report.html  summary.json
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class RunFolder:
         try:
             path.mkdir(parents=True)
         except OSError as error:
-            raise UserError(f"the run folder {str(path)!r} cannot be made ({error.strerror}): give another --runs") from None
+            raise UserError(
+                f"the run folder {str(path)!r} cannot be made ({error.strerror}): give another --runs"
+            ) from None
         run = cls(path)
         write_atomically(path / "config.yaml", config.to_yaml())
         write_atomically(path / "provenance.json", json.dumps(provenance, indent=1))
@@ -97,7 +99,9 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     """The complete lines of a JSON-lines file; a last line cut off by a crash is left out."""
     if not file.is_file():
         return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    return [
+        json.loads(line) for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
+    ]
 
 
 def trajectory_record(trajectory: Trajectory, *, step: int, group: int) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """The training loop. Reads like Algorithm 1 of EPO (arXiv 2509.22576 v2).
 
-    for k = 0 .. K-1:
-        collect D_k with pi_old
-        advantages and L^MT
-        L^H, H_ref, L^smooth (none at k = 0), beta_k
-        minimise L^EPO
-        append the mean entropy of D_k to the history
+for k = 0 .. K-1:
+    collect D_k with pi_old
+    advantages and L^MT
+    L^H, H_ref, L^smooth (none at k = 0), beta_k
+    minimise L^EPO
+    append the mean entropy of D_k to the history
 """
 
 from __future__ import annotations

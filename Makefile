@@ -1,0 +1,48 @@
+# make train   set everything up and train an agent (about ten minutes on two cores)
+# make test    set everything up and run the tests
+# make lint    ruff and pyright
+# make docs    write the generated pages of docs/
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+NAME ?= quickstart-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: train test lint docs alfworld clean
+
+train: $(VENV)/.train
+	$(BIN)/epo train quickstart --name $(NAME)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+docs: $(VENV)/.train
+	$(BIN)/python docs/generate.py
+
+# ALFWorld's engine, for the suites household and alfworld; parts of it compile from source (g++, cmake, make).
+alfworld: $(VENV)/.train
+	$(PIP) --no-deps --requirement requirements/alfworld.txt
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.train: $(BIN)/python pyproject.toml constraints.txt
+	@echo "installing into $(VENV) ..."
+	$(PIP) --editable '.[scienceworld,report]'
+	@touch $@
+
+$(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt requirements/alfworld.txt
+	@echo "installing into $(VENV), with ALFWorld's engine compiled from source: a few minutes ..."
+	$(PIP) --editable '.[scienceworld,report,dev]'
+	$(PIP) --no-deps --requirement requirements/alfworld.txt
+	@touch $@ $(VENV)/.train
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,264 @@
+"""The `epo` command.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted after a clean checkpoint.
+Heavy imports happen inside commands, so that `--help` and wrong usage answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from epo.config import Config, load_config, recipe_names
+from epo.errors import UserError
+
+app = typer.Typer(
+    name="epo",
+    help="Train language-model agents with reinforcement learning, with their entropy under control.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+stdout = Console()
+stderr = Console(stderr=True)
+
+INTERRUPTED = 130
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as `seed=1`.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "    epo train quickstart\n\n"
+    "    epo train scienceworld-ppo-epo seed=1 optimizer.learning_rate=1e-4 --name try1\n\n"
+    "    epo train scienceworld-ppo-epo seed=1 optimizer.learning_rate=1e-4 --name try1 --resume\n\n"
+    "    epo train my-recipe.yaml --dry-run\n"
+)
+def train(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe, or path of a .yaml file.")],
+    overrides: Overrides = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run folder; default: the recipe's name.")] = None,
+    runs: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run of this name.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train an agent: imitation warm start, RL, evaluation before, during and after.
+
+    Ctrl-C ends the run after the current step with a checkpoint (exit code 130); `--resume` goes on from there.
+    """
+    config = load_config(recipe, overrides or ())
+    if dry_run:
+        _print_config(config, as_json=as_json)
+        return
+    from epo.reporting.console import ConsoleObserver
+    from epo.training.session import train_run
+
+    path = runs / (name or config.name.replace("/", "-"))
+    with ConsoleObserver(config.steps, stderr) as observer:
+        summary = train_run(config, path, observer, resume=resume)
+    if as_json:
+        _print_json(summary)
+    else:
+        _print_summary(summary)
+    if not summary["finished"]:
+        raise typer.Exit(INTERRUPTED)
+
+
+@app.command(
+    name="eval",
+    epilog="Examples:\n\n"
+    "    epo eval runs/quickstart --split ood --episodes 128\n\n"
+    "    epo eval path/to/model --recipe scienceworld-ppo --temperature 0\n",
+)
+def evaluate_command(
+    target: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder or a model directory.")],
+    overrides: Overrides = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="How a model directory acts (agent and environment); a run knows it.")
+    ] = None,
+    suite: Annotated[str | None, typer.Option(help="Evaluate on another suite, with its default options.")] = None,
+    split: Annotated[list[str] | None, typer.Option(help="Splits; default: the recipe's.")] = None,
+    episodes: Annotated[int | None, typer.Option(min=1, help="Episodes per split; default: the recipe's.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy; default: the recipe's.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Play the fixed panels with a trained policy and print success with its 95 % interval."""
+    from epo.evaluation.session import evaluate_target
+    from epo.reporting.console import ConsoleObserver
+
+    extra = list(overrides or ())
+    extra += [] if suite is None else [f"environment.suite={suite}"]
+    extra += [] if split is None else [f"evaluation.splits=[{', '.join(split)}]"]
+    extra += [] if episodes is None else [f"evaluation.episodes={episodes}"]
+    extra += [] if temperature is None else [f"evaluation.temperature={temperature}"]
+    with ConsoleObserver(0, stderr) as observer:
+        results = evaluate_target(target, recipe=recipe, overrides=extra, observer=observer)
+    if as_json:
+        _print_json({result.split: result.as_dict() for result in results})
+        return
+    table = Table("split", "success", "95 % interval", "episodes", "score", "turns", "invalid turns")
+    for r in results:
+        numbers = (f"{r.success:.3f}", f"{r.low:.3f} to {r.high:.3f}", str(r.episodes), f"{r.score:.2f}")
+        table.add_row(r.split, *numbers, f"{r.turns:.1f}", f"{r.invalid:.1%}")
+    stdout.print(table)
+
+
+@app.command(epilog="Example:\n\n    epo imitate scienceworld-ppo imitation.demonstrations=500\n")
+def imitate(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe, or path of a .yaml file.")],
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a recipe's imitation warm start, evaluate it, and print where the model lies.
+
+    The result is cached: `epo train` of the same recipe starts from it.
+    """
+    config = load_config(recipe, overrides or ())
+    if config.imitation.demonstrations == 0:
+        raise UserError(f"recipe {recipe!r} has no warm start: set imitation.demonstrations=200, for example")
+    if dry_run:
+        _print_config(config, as_json=as_json)
+        return
+    from epo.evaluation.session import imitate_and_evaluate
+    from epo.reporting.console import ConsoleObserver
+
+    with ConsoleObserver(0, stderr) as observer:
+        folder, results = imitate_and_evaluate(config, observer)
+    if as_json:
+        _print_json({"model": str(folder), "eval": {result.split: result.as_dict() for result in results}})
+        return
+    stdout.print(f"model: {folder}", soft_wrap=True, highlight=False)
+
+
+@app.command(epilog="Examples:\n\n    epo play corridor\n\n    epo play scienceworld --task find-animal/17\n")
+def play(
+    suite: Annotated[str, typer.Argument(help="Name of a suite; `epo envs` lists them.")],
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="[OPTION=VALUE]...", help="Suite options, such as `length=3`.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split to draw from.")] = "train",
+    task: Annotated[str | None, typer.Option(help="Id of the task; default: the first of the split.")] = None,
+) -> None:
+    """Play an environment yourself: what the agent would read, you read. An empty line or Ctrl-D ends the game."""
+    from epo.environments.play import play_episode
+
+    config = load_config("base", [f"environment.suite={suite}", *(f"environment.options.{o}" for o in options or ())])
+    play_episode(config.environment.suite, config.environment.options, split=split, task_id=task)
+
+
+@app.command(epilog="Examples:\n\n    epo envs\n\n    epo envs scienceworld\n")
+def envs(
+    suite: Annotated[str | None, typer.Argument(help="Show one suite: its options, splits and sizes.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the environment suites, or describe one."""
+    from epo.environments.describe import describe_suite, list_suites
+
+    if suite is None:
+        found = list_suites()
+        if as_json:
+            _print_json(found)
+            return
+        table = Table("suite", "ready", "what it is")
+        for entry in found:
+            table.add_row(entry["name"], "yes" if entry["ready"] else f"no: {entry['problem']}", entry["summary"])
+        stdout.print(table)
+        return
+    described = describe_suite(suite)
+    if as_json:
+        _print_json(described)
+        return
+    stdout.print(escape(described["documentation"]), soft_wrap=True, highlight=False)
+    table = Table("split", "tasks", "task types")
+    for name, size in described["splits"].items():
+        table.add_row(name, str(size["tasks"]), str(size["goals"]))
+    stdout.print(table)
+
+
+@app.command(epilog="Example:\n\n    epo doctor\n")
+def doctor(as_json: AsJson = False) -> None:
+    """Check this machine: what is there, what is missing, and the command that mends it."""
+    from epo.doctor import examine
+
+    checks = examine()
+    if as_json:
+        _print_json([check.as_dict() for check in checks])
+    else:
+        table = Table("check", "found", "needed for", "mend")
+        for check in checks:
+            mark = "ok" if check.ok else "missing"
+            table.add_row(check.name, f"{mark}: {check.found}", check.needed_for, check.mend)
+        stdout.print(table)
+    if any(check.required and not check.ok for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def recipes(as_json: AsJson = False) -> None:
+    """List the recipes that ship with the package."""
+    names = recipe_names()
+    if as_json:
+        _print_json(names)
+    else:
+        stdout.print("\n".join(names), highlight=False)
+
+
+def _print_config(config: Config, *, as_json: bool) -> None:
+    if as_json:
+        _print_json(config.model_dump(mode="json"))
+    else:
+        sys.stdout.write(config.to_yaml())
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    state = "finished" if summary["finished"] else "stopped; --resume goes on"
+    stdout.print(f"\n{summary['recipe']}, seed {summary['seed']}: {summary['steps']} steps, {state}", highlight=False)
+    table = Table("panel", "after imitation", "95 % interval", "at the end", "95 % interval", "episodes")
+    for split, panel in summary["eval"].items():
+        first, last = panel["initial"], panel["final"]
+        table.add_row(
+            split,
+            f"{first['success']:.3f}",
+            f"{first['low']:.3f} to {first['high']:.3f}",
+            f"{last['success']:.3f}",
+            f"{last['low']:.3f} to {last['high']:.3f}",
+            str(last["episodes"]),
+        )
+    stdout.print(table)
+    for key in ("run", "plot", "report"):
+        stdout.print(f"{key}: {summary[key]}", soft_wrap=True, highlight=False)
+
+
+def main() -> None:
+    """Entry point: user mistakes become one line and exit code 2."""
+    # The model library looks for updates and models on the network unless told not to.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    start = time.monotonic()
+    try:
+        app()
+    except UserError as error:
+        stderr.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        stderr.print(f"interrupted after {time.monotonic() - start:.0f} s", highlight=False)
+        sys.exit(INTERRUPTED)

@@ -1,0 +1,72 @@
+"""Evaluation on its own: what `epo eval` and `epo imitate` do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from epo.config import Config, apply_overrides, load_config
+from epo.errors import UserError
+from epo.evaluation.panels import PanelResult, evaluate
+from epo.tasks import panel
+from epo.training.checkpoint import checkpoints, read_state
+from epo.training.policy import Policy, load_policy
+from epo.training.run_folder import RunFolder
+from epo.training.session import open_pool, prepare_suite, quiet_libraries, starting_policy
+from epo.training.trainer import Observer, make_collector
+
+
+def evaluate_target(
+    target: Path, *, recipe: str | None, overrides: Sequence[str], observer: Observer
+) -> list[PanelResult]:
+    """Play the panels with the newest checkpoint of a run, or with a model directory as `recipe` has it act.
+
+    Raises:
+        UserError: neither a run with a checkpoint nor a model directory, or a model without a recipe.
+    """
+    quiet_libraries()
+    if (target / "config.yaml").is_file():
+        run = RunFolder.open(target)
+        saved = checkpoints(run.checkpoints)
+        if not saved:
+            raise UserError(f"the run {str(target)!r} has no checkpoint yet: wait for one, or --resume the run")
+        read_state(saved[-1])
+        config, folder = run.config(), saved[-1] / "policy"
+    elif recipe is None:
+        raise UserError(
+            f"{str(target)!r} is not a run folder; for a model directory add --recipe, which says how the model acts"
+        )
+    else:
+        config, folder = load_config(recipe), target
+    config = apply_overrides(config, overrides)
+    return _play_panels(config, load_policy(folder, config.model), observer)
+
+
+def imitate_and_evaluate(config: Config, observer: Observer) -> tuple[Path, list[PanelResult]]:
+    """Make (or find) the warm start of `config` and play its panels; returns the model directory and the results."""
+    quiet_libraries()
+    suite = prepare_suite(config)
+    with open_pool(config) as pool:
+        policy = starting_policy(config, suite, pool, observer)
+    return Path(policy.model.name_or_path), _play_panels(config, policy, observer)
+
+
+def _play_panels(config: Config, policy: Policy, observer: Observer) -> list[PanelResult]:
+    suite = prepare_suite(config)
+    results: list[PanelResult] = []
+    with open_pool(config) as pool:
+        collector = make_collector(config, pool, policy)
+        for split in config.evaluation.splits:
+            tasks = panel(suite.tasks(split), episodes=config.evaluation.episodes, split=split)
+            observer.begin(f"evaluate {split}", len(tasks))
+            done = iter(range(1, len(tasks) + 1))
+            results.append(
+                evaluate(
+                    collector,
+                    tasks,
+                    split=split,
+                    temperature=config.evaluation.temperature,
+                    on_done=lambda _: observer.advance(next(done)),  # noqa: B023  (used up within this pass)
+                )
+            )
+    return results

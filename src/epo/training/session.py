@@ -1,0 +1,214 @@
+"""From a configuration to a finished run: what `epo train` does."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from epo.config import Config
+from epo.environments.base import TaskSuite
+from epo.environments.pool import EnvPool
+from epo.environments.registry import make_suite
+from epo.errors import UserError
+from epo.files import write_atomically
+from epo.reporting.plot import plot_run
+from epo.reporting.report import write_report
+from epo.training.checkpoint import checkpoints, read_state
+from epo.training.demonstrations import collect_demonstrations
+from epo.training.imitation import warm_started_policy
+from epo.training.policy import Policy, load_policy
+from epo.training.run_folder import RunFolder
+from epo.training.trainer import Observer, Trainer
+
+
+def prepare_suite(config: Config) -> TaskSuite:
+    """The suite of a configuration, with everything it needs in place.
+
+    Raises:
+        UserError: unknown suite or option, missing package, Java or data.
+    """
+    suite = make_suite(config.environment.suite, config.environment.options)
+    for split in ("train", *config.evaluation.splits):
+        if split not in suite.splits:
+            raise UserError(
+                f"evaluation.splits names {split!r}, which suite {suite.name!r} does not have: choose from "
+                + ", ".join(suite.splits)
+            )
+    suite.prepare()
+    return suite
+
+
+def open_pool(config: Config) -> EnvPool:
+    environment = config.environment
+    return EnvPool(
+        environment.suite, environment.options, size=environment.workers, timeout_seconds=environment.timeout_seconds
+    )
+
+
+def starting_policy(config: Config, suite: TaskSuite, pool: EnvPool, observer: Observer) -> Policy:
+    """The policy before RL: loaded, and warm-started on demonstrations where the configuration asks for it."""
+    if config.imitation.demonstrations == 0:
+        return load_policy(config.model.path, config.model)
+    if config.model.path != "tiny":
+        load_policy(config.model.path, config.model)  # a bad directory is found out before minutes of demonstrations
+    observer.begin("demonstrations", config.imitation.demonstrations)
+    demonstrations = collect_demonstrations(
+        config, suite, pool, on_done=lambda done, _: observer.advance(done, "expert episodes")
+    )
+    observer.begin("imitation", config.imitation.batches)
+    policy = warm_started_policy(
+        config, demonstrations, on_batch=lambda done, loss: observer.advance(done, f"loss {loss:.3f}")
+    )
+    observer.note(
+        f"imitation: {len(demonstrations)} demonstrations, {config.imitation.batches} batches; "
+        f"{sum(p.numel() for p in policy.parameters()) / 1e6:.1f} M parameters, "
+        f"{policy.head_weight_V_D.shape[0]} vocabulary entries"
+    )
+    return policy
+
+
+def train_run(config: Config, path: Path, observer: Observer, *, resume: bool) -> dict[str, Any]:
+    """Train, evaluate, and leave the run folder `path` complete; returns the summary.
+
+    With `resume`, goes on from the newest checkpoint of `path`, or from its start if there is none. The first Ctrl-C (or
+    SIGTERM) ends the run after the current step with a checkpoint, the second one at once.
+    """
+    quiet_libraries()
+    suite = prepare_suite(config)
+    if resume:
+        run, checkpoint = _reopen(path, config)
+    else:
+        run, checkpoint = RunFolder.create(path, config, provenance(suite)), None
+    with open_pool(config) as pool:
+        start = None
+        if checkpoint is None or config.algorithm.kl_coefficient > 0:
+            start = starting_policy(config, suite, pool, observer)
+        policy = start if checkpoint is None else load_policy(checkpoint / "policy", config.model)
+        assert policy is not None
+        trainer = Trainer(config, suite, pool, policy, run, observer, resume_from=checkpoint, start_policy=start)
+        if resume:
+            run.rewind(trainer.state.step)
+            observer.note(f"resuming {str(path)!r} after step {trainer.state.step}")
+        with _stop_after_step(trainer, observer):
+            finished = trainer.train()
+    return _finish(run, config, trainer, finished=finished)
+
+
+def provenance(suite: TaskSuite) -> dict[str, Any]:
+    """What decides the outcome besides the configuration: versions, commit, data, machine."""
+    packages: dict[str, str | None] = {}
+    for name in ("epo-agents", "torch", "transformers", "tokenizers", "safetensors", "numpy"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = None
+    return {
+        "packages": packages,
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "suite": {"name": suite.name, **suite.provenance()},
+        "machine": {"system": platform.platform(), "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()},
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def quiet_libraries() -> None:
+    """Progress bars and advice of the model library do not belong between our lines."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _reopen(path: Path, config: Config) -> tuple[RunFolder, Path | None]:
+    run = RunFolder.open(path)
+    before, now = run.config().model_dump(mode="json"), config.model_dump(mode="json")
+    # How many workers play the episodes is the machine's business, not the experiment's.
+    before["environment"].pop("workers")
+    now["environment"].pop("workers")
+    if different := _differences(before, now):
+        raise UserError(
+            f"--resume goes on with the configuration the run was started with, but {', '.join(different)} differ: "
+            "leave out these overrides, or start a new run with another --name"
+        )
+    saved = checkpoints(run.checkpoints)
+    if saved:
+        read_state(saved[-1])
+    return run, saved[-1] if saved else None
+
+
+def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
+    found: list[str] = []
+    for key in {**a, **b}:
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            found += _differences(left, right, f"{prefix}{key}.")
+        elif left != right:
+            found.append(f"{prefix}{key} ({left!r} then, {right!r} now)")
+    return found
+
+
+@contextmanager
+def _stop_after_step(trainer: Trainer, observer: Observer) -> Iterator[None]:
+    def handle(number: int, frame: FrameType | None) -> None:
+        if trainer.stop_requested:
+            raise KeyboardInterrupt
+        trainer.stop_requested = True
+        observer.note("stopping after this step with a checkpoint (once more to stop at once)")
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _finish(run: RunFolder, config: Config, trainer: Trainer, *, finished: bool) -> dict[str, Any]:
+    evaluations, metrics = run.evaluations(), run.metrics()
+    summary: dict[str, Any] = {
+        "recipe": config.name,
+        "seed": config.seed,
+        "finished": finished,
+        "steps": trainer.state.step,
+        "wall_seconds": round(trainer.state.wall_seconds, 1),
+        "eval": _panel_summary(evaluations),
+        "run": str(run.path),
+        "plot": str(run.path / "plot.svg"),
+        "report": str(run.path / "report.html"),
+    }
+    plot_run(
+        run.path / "plot.svg", title=f"{config.name}, seed {config.seed}", metrics=metrics, evaluations=evaluations
+    )
+    write_report(run.path / "report.html", summary=summary, config=config, plot=run.path / "plot.svg", metrics=metrics)
+    write_atomically(run.path / "summary.json", json.dumps(summary, indent=1))
+    return summary
+
+
+def _panel_summary(evaluations: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    summary: dict[str, dict[str, Any]] = {}
+    for name, entry in (("initial", evaluations[0]), ("final", evaluations[-1])) if evaluations else ():
+        for panel in entry["panels"]:
+            keys = ("success", "low", "high", "episodes")
+            summary.setdefault(panel["split"], {})[name] = {key: panel[key] for key in keys}
+    return summary
+
+
+def _commit() -> str | None:
+    folder = Path(__file__).resolve().parent
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None if found.returncode == 0 else None
