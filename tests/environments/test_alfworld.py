@@ -57,6 +57,8 @@ print(json.dumps({"digests": digests, "won": won, "seconds": seconds}))
 
 def play(mode: str, steps: int, paths: list[Path], **env: str) -> dict:
     command = [sys.executable, "-c", PLAYER, mode, str(steps), *map(str, paths)]
+    # Unless it is told a folder that exists, the stock package makes one in the user's home.
+    env |= {"ALFWORLD_DATA": str(paths[0].parent)}
     out = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     return json.loads(out.stdout)
