@@ -1,7 +1,7 @@
 """What a run is: one tree of pydantic models, read from YAML recipes, checked before anything starts.
 
-A recipe may name a parent with `extends:`; dotted overrides (`optimizer.learning_rate=1e-4`) come last. Unknown keys are
-errors that offer the nearest valid name.
+A recipe may name a parent with `extends:`; dotted overrides (`optimizer.learning_rate=1e-4`) come last. Unknown keys
+are errors that offer the nearest valid name.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from epo.errors import UserError
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class EnvironmentConfig(Section):
@@ -38,7 +40,8 @@ class EnvironmentConfig(Section):
 
 class AgentConfig(Section):
     context: Literal["transcript", "window"] = "transcript"
-    """`transcript` appends each turn to the conversation; `window` renders the last turns anew as one message (the paper's)."""
+    """`transcript` appends each turn to the conversation; `window` renders the last turns anew as one message, as in
+    the paper."""
     window: int = Field(default=2, ge=0)
     """Observation-action pairs that the `window` context shows."""
     format: Literal["action", "think_action"] = "think_action"
@@ -115,8 +118,8 @@ class CriticConfig(Section):
 class AlgorithmConfig(Section):
     name: Literal["ppo", "grpo"] = "ppo"
     advantage: Literal["turn", "within_turn", "token", "bilevel"] = "turn"
-    """PPO's credit assignment. `turn`: GAE across turns. `within_turn`: inside each response only (the paper's release).
-    `token`: GAE over all trained tokens of the episode. `bilevel`: turns, then tokens."""
+    """PPO's credit assignment. `turn`: GAE across turns. `within_turn`: inside each response only (the paper's
+    release). `token`: GAE over all trained tokens of the episode. `bilevel`: turns, then tokens."""
     gamma: float = Field(default=1.0, ge=0, le=1)
     lam: float = Field(default=1.0, ge=0, le=1)
     normalise_std: bool = True
@@ -127,7 +130,8 @@ class AlgorithmConfig(Section):
     clip_high: float = Field(default=0.2, ge=0)
     dual_clip: float | None = Field(default=3.0, gt=1)
     aggregate: Literal["token", "trajectory"] = "token"
-    """Weights of the surrogate: every token of the mini-batch equally, or every trajectory, then turn, then token equally."""
+    """Weights of the surrogate: every token of the mini-batch equally, or every trajectory, then turn, then token
+    equally."""
     kl_coefficient: float = Field(default=0.0, ge=0)
     """Weight of the KL loss to the frozen starting model; 0 keeps no reference model."""
     kl_kind: Literal["k1", "k2", "k3"] = "k3"
@@ -173,7 +177,7 @@ class OptimizerConfig(Section):
     """Peak learning rate of the policy: linear warm-up, cosine decay to `min_ratio` of it."""
     warmup_fraction: float = Field(default=0.1, ge=0, le=1)
     min_ratio: float = Field(default=0.2, ge=0, le=1)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     weight_decay: float = Field(default=0.01, ge=0)
     grad_clip: float = Field(default=1.0, gt=0)
     minibatches: int = Field(default=4, ge=1)
@@ -239,6 +243,10 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
+# Besides its own errors PyYAML lets those of Python's constructors through: 2024-13-45 is a ValueError.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
+
+
 def recipe_names() -> list[str]:
     """Names of the recipes that ship with the package, folders as prefixes. `_name` files are parts of recipes."""
     root = Path(str(resources.files("epo") / "recipes"))
@@ -255,9 +263,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
     """
     tree = _read(recipe, seen=())
     tree.setdefault("name", Path(recipe).name.removesuffix(".yaml"))
-    for override in overrides:
-        _apply(tree, override)
-    return parse_config(tree)
+    return parse_config(_override(tree, overrides))
 
 
 def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
@@ -266,12 +272,7 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
     Raises:
         UserError: unknown key or bad value.
     """
-    tree = config.model_dump(mode="json")
-    for override in overrides:
-        if override.startswith("environment.suite="):
-            tree["environment"]["options"] = {}
-        _apply(tree, override)
-    return parse_config(tree)
+    return parse_config(_override(config.model_dump(mode="json"), overrides))
 
 
 def parse_config(tree: Mapping[str, Any]) -> Config:
@@ -292,7 +293,7 @@ def _read(recipe: str, *, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"recipe {recipe!r} extends itself: " + " -> ".join(p.name for p in (*seen, path)))
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, *_YAML_ERRORS) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"recipe {str(path)!r} cannot be read as YAML: {reason}") from None
     if loaded is None:
@@ -303,16 +304,15 @@ def _read(recipe: str, *, seen: tuple[Path, ...]) -> dict[str, Any]:
     parent = tree.pop("extends", None)
     if parent is None:
         return tree
-    beside = path.parent / f"{parent}.yaml"
-    base = _read(str(beside) if beside.is_file() else str(parent), seen=(*seen, path))
+    beside = [str(path.parent / f"{parent}{suffix}") for suffix in (".yaml", "")]
+    base = _read(next((p for p in beside if _is_recipe_file(p)), str(parent)), seen=(*seen, path))
     base.pop("name", None)
     return _merge(base, tree)
 
 
 def _locate(recipe: str) -> Path:
-    path = Path(recipe)
-    if path.suffix in (".yaml", ".yml") and path.is_file():
-        return path.resolve()
+    if _is_recipe_file(recipe):
+        return Path(recipe).resolve()
     if recipe in recipe_names():
         return Path(str(resources.files("epo") / "recipes" / f"{recipe}.yaml"))
     raise UserError(
@@ -321,16 +321,33 @@ def _locate(recipe: str) -> Path:
     )
 
 
+def _is_recipe_file(name: str) -> bool:
+    # Not Path.is_file, which raises when a name is too long for the file system.
+    return name.endswith((".yaml", ".yml")) and os.path.isfile(name)
+
+
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
-        # `environment.options` belong to one suite: a new suite starts from no options.
         if isinstance(value, dict) and isinstance(base.get(key), dict):
-            if "suite" in value and value["suite"] != base[key].get("suite"):
-                base[key].pop("options", None)
+            if key == "environment" and "suite" in value:
+                _leave_suite(base[key], value["suite"])
             _merge(base[key], cast("dict[str, Any]", value))
         else:
             base[key] = value
     return base
+
+
+def _leave_suite(environment: dict[str, Any], suite: Any) -> None:
+    """`environment.options` belong to one suite: a new suite starts from no options."""
+    if suite != environment.get("suite", EnvironmentConfig.model_fields["suite"].default):
+        environment.pop("options", None)
+
+
+def _override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    # The suite first: options on the same command line are meant for it, in whatever order they are given.
+    for override in sorted(overrides, key=lambda text: not text.startswith("environment.suite=")):
+        _apply(tree, override)
+    return tree
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -339,7 +356,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r} is not of the form key=value, for example optimizer.learning_rate=1e-4")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except _YAML_ERRORS:
         raise UserError(f"override {override!r}: the value {text!r} is not valid YAML; quote it") from None
     node = tree
     *parents, leaf = key.split(".")
@@ -348,6 +365,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise UserError(f"override {override!r}: {parent!r} is a value, not a section")
         node = cast("dict[str, Any]", child)
+    if key == "environment.suite":
+        _leave_suite(node, value)
     node[leaf] = value
 
 
@@ -358,12 +377,18 @@ def _explain(error: ValidationError) -> str:
         fields = _fields_at(first["loc"][:-1])
         name = str(first["loc"][-1])
         everywhere = [f for f in _all_fields(Config) if f.split(".")[-1] == name]
-        hint = _nearest(name, fields) or (f": did you mean {everywhere[0]!r}?" if everywhere else "")
+        hint = _nearest(name, fields) or (f" (did you mean {everywhere[0]!r}?)" if everywhere else "")
         return f"unknown key {where!r}{hint}. Valid here: {', '.join(fields)}"
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "model_type":
+        message = "a section of keys and values goes here"
     if first["type"] == "value_error":
         return f"{where}: {message}" if where else message
-    return f"{where}={first['input']!r} is not allowed: {message[0].lower()}{message[1:]}"
+    return f"{where}={_shorten(repr(first['input']))} is not allowed: {message[0].lower()}{message[1:]}"
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:
@@ -386,7 +411,7 @@ def _all_fields(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 def _nearest(name: str, options: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-    return f": did you mean {close[0]!r}?" if close else ""
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def cache_dir() -> Path:

@@ -28,8 +28,8 @@ class Curriculum:
     """An endless sequence of training tasks; step k takes the k-th stretch of it.
 
     A function of the seed and the position only, so a resumed run sees the tasks an uninterrupted one would have seen.
-    With `goal` each task type runs through its own tasks in seeded cycles and the types take turns; with `task` there is
-    one cycle over all tasks.
+    With `goal` each task type runs through its own tasks in seeded cycles and the types take turns; with `task` there
+    is one cycle over all tasks.
     """
 
     def __init__(self, tasks: Sequence[Task], *, seed: int, balance: Literal["goal", "task"]) -> None:

@@ -58,7 +58,7 @@ class TranscriptContext(Context):
 
 
 class WindowContext(Context):
-    """The paper's context: one message per turn, rendered anew, that shows the last `window` observation-action pairs."""
+    """The paper's context: one message per turn, rendered anew, with the last `window` observation-action pairs."""
 
     def __init__(self, chat: ChatFormat, prompt: Prompt, *, list_actions: bool, window: int) -> None:
         self._chat = chat

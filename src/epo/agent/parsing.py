@@ -11,8 +11,10 @@ ResponseFormat = Literal["action", "think_action"]
 MAX_ACTION_CHARACTERS = 500
 """No environment has longer actions; runaway text is cut, and marked invalid."""
 
-_THINK_ACTION = re.compile(r"\s*<think>(?P<think>.*?)</think>\s*<action>(?P<action>.*?)</action>\s*", re.DOTALL)
-_ACTION = re.compile(r"<action>(.*?)</action>", re.DOTALL)
+# Text without any tag: a second pair of tags must not hide inside the first, and no match takes more than linear time.
+_PLAIN = r"(?:(?!</?(?:think|action)>).)*+"
+_THINK_ACTION = re.compile(rf"\s*<think>{_PLAIN}</think>\s*<action>(?P<action>{_PLAIN})</action>\s*", re.DOTALL)
+_ACTION = re.compile(rf"<action>(?P<action>{_PLAIN})</action>", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,8 @@ def parse_response(text: str, *, response_format: ResponseFormat, finished: bool
     Args:
         text: the decoded response, without the end-of-turn token.
         response_format: `action` (the response is one line, the action) or `think_action`
-            (`<think>..</think><action>..</action>`, nothing else).
+            (`<think>..</think><action>..</action>`, nothing else, no tags inside). A response without that format still
+            acts: its first `<action>..</action>` is sent.
         finished: the model ended its turn; a response cut at the token limit is never valid.
 
     Example::
@@ -40,10 +43,10 @@ def parse_response(text: str, *, response_format: ResponseFormat, finished: bool
     if response_format == "action":
         action, is_valid = text.strip(), True
     else:
-        whole = _THINK_ACTION.fullmatch(text)
-        found = whole["action"] if whole else next(iter(_ACTION.findall(text)), "")
-        action, is_valid = found.strip(), whole is not None
-    clean = bool(action) and "\n" not in action and len(action) <= MAX_ACTION_CHARACTERS
+        is_valid = _THINK_ACTION.fullmatch(text) is not None
+        found = _ACTION.search(text)
+        action = found["action"].strip() if found else ""
+    clean = action.splitlines() == [action] and len(action) <= MAX_ACTION_CHARACTERS
     return ParsedAction(action[:MAX_ACTION_CHARACTERS], is_valid and clean and finished)
 
 

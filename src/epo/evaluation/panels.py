@@ -1,4 +1,4 @@
-"""Evaluation on fixed panels: the same tasks with the same random numbers every time, so that changes are the policy's."""
+"""Evaluation on fixed panels: the same tasks with the same random numbers every time, so changes are the policy's."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Sampling with the learner's own model in this process, keeping each episode's keys and values across turns.
 
-Sampler and learner share weights, code and precision, so their log-probabilities agree to rounding (about 1e-5 in fp32).
+Sampler and learner share weights, code and precision, so their log-probabilities agree to rounding (1e-5 in fp32).
 
 Legend: S slots, B rows of this forward, Q new tokens, L cached length, H key-value heads, E head size, V vocabulary.
 """
@@ -233,7 +233,7 @@ class LocalSampler(Sampler):
 
 
 def _inverse_transform(logits_B_V: Tensor, uniform_B: Sequence[float]) -> Tensor:
-    """Draw from softmax(logits) with given uniform numbers: robust to rounding, unlike torch.multinomial's shared stream."""
+    """Draw from softmax(logits) with given uniform numbers, so that every row keeps its own random stream."""
     cumulative_B_V = torch.softmax(logits_B_V.double(), dim=-1).cumsum(-1)
     threshold_B_1 = torch.tensor(uniform_B, dtype=torch.float64, device=logits_B_V.device)[:, None]
     tokens_B = torch.searchsorted(cumulative_B_V, threshold_B_1 * cumulative_B_V[:, -1:], right=True)[:, 0]

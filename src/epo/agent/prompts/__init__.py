@@ -1,8 +1,8 @@
 """Prompt templates: one Jinja file each, for both contexts.
 
 A template sees `goal`, `observation`, `admissible_actions` (or None), `turn` (from 0), `transcript` and `think` (bool),
-`first` (the goal must be said: first turn of a transcript, every turn of a window), and for the window context `history`
-(the last pairs: `.number`, `.observation`, `.action`) and `actions` (all earlier actions).
+`first` (the goal must be said: first turn of a transcript, every turn of a window), `actions` (all earlier actions),
+and for the window context `history` (the last pairs: `.number`, `.observation`, `.action`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class Prompt:
     """A template by shipped name or by path."""
 
     def __init__(self, name: str, *, think: bool, transcript: bool) -> None:
+        self._name = name
         self._template = _load(name)
         self._think = think
         self._transcript = transcript
@@ -42,18 +43,25 @@ class Prompt:
         history: Sequence[Pair] = (),
         actions: Sequence[str] = (),
     ) -> str:
-        """The text of one user message."""
-        return self._template.render(
-            observation=observation,
-            goal=goal,
-            admissible_actions=admissible_actions,
-            history=history,
-            actions=actions,
-            turn=len(actions),
-            first=not self._transcript or not actions,
-            think=self._think,
-            transcript=self._transcript,
-        )
+        """The text of one user message.
+
+        Raises:
+            UserError: the template uses a name that it is not given, or does what the sandbox forbids.
+        """
+        try:
+            return self._template.render(
+                observation=observation,
+                goal=goal,
+                admissible_actions=admissible_actions,
+                history=history,
+                actions=actions,
+                turn=len(actions),
+                first=not self._transcript or not actions,
+                think=self._think,
+                transcript=self._transcript,
+            )
+        except TemplateError as error:
+            raise UserError(f"agent.prompt={self._name!r} cannot be rendered: {error}") from None
 
 
 def prompt_names() -> list[str]:
@@ -63,7 +71,7 @@ def prompt_names() -> list[str]:
 
 def _load(name: str) -> Template:
     shipped = resources.files(__name__) / f"{name}.j2"
-    path = shipped if shipped.is_file() else Path(name)
+    path = shipped if name in prompt_names() else Path(name)
     if not path.is_file():
         raise UserError(
             f"agent.prompt={name!r} is neither a shipped template ({', '.join(prompt_names())}) nor a file: "
@@ -73,5 +81,5 @@ def _load(name: str) -> Template:
     environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=False, autoescape=False)
     try:
         return environment.from_string(path.read_text(encoding="utf-8"))
-    except (TemplateError, UnicodeDecodeError) as error:
+    except (TemplateError, OSError, UnicodeDecodeError) as error:
         raise UserError(f"agent.prompt={name!r} is not a valid Jinja template: {error}") from None
