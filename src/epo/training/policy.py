@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -106,22 +106,38 @@ def load_policy(folder: str | Path, config: ModelConfig) -> Policy:
         UserError: no such directory, a missing or half-written file, no chat template, unsupported architecture.
     """
     folder = Path(folder)
+    device = resolve_device(config.device)
     _check_directory(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        model: Any
+        model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             local_files_only=True,
             use_safetensors=True,
             dtype=getattr(torch, config.dtype),
             attn_implementation="sdpa",
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:  # whatever is wrong with the files: tokenizers, for one, raises bare Exception
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(
-            f"model.path={str(folder)!r} cannot be loaded ({reason}): copy the directory again, completely"
+            f"model.path={str(folder)!r} cannot be loaded ({reason}): copy the directory again, completely, "
+            "or choose a model that this version of transformers knows"
         ) from None
-    model.to(resolve_device(config.device))
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would go on with random numbers in their place
+        raise UserError(
+            f"model.path={str(folder)!r} has no weights for {', '.join(missing[:3])}"
+            f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}: copy the directory again, completely"
+        )
+    entries = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > entries:
+        raise UserError(
+            f"model.path={str(folder)!r}: the tokenizer has {len(tokenizer)} entries, the model {entries}: they do not "
+            "belong together, copy both from the same place"
+        )
+    model.to(device)
     model.eval()  # no dropout: the sampler and the learner must compute the same numbers
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and config.max_context > limit:
@@ -132,7 +148,7 @@ def load_policy(folder: str | Path, config: ModelConfig) -> Policy:
 
 
 def _check_directory(folder: Path) -> None:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # unlike Path.is_dir, never raises
         raise UserError(
             f"model.path={str(folder)!r} is not a directory: give the path of a Hugging Face model directory, "
             "or 'tiny' for the embedded model"
@@ -142,8 +158,8 @@ def _check_directory(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError):
+            shards = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{str(index)!r} is damaged: copy the model directory again, completely") from None
     else:
         shards = {"model.safetensors"}
@@ -163,8 +179,9 @@ def _refuse_unsupported(model: Any, *, max_context: int) -> None:
             raise UserError(
                 f"models of type {kind!r} are not supported: their head applies {name}, which the token head does not"
             )
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None)
+    # Where the layers are not told apart (Mistral, Phi), a window is that of all of them.
+    layers = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
     if layers - {"full_attention", "sliding_attention"}:
         raise UserError(f"models of type {kind!r} are not supported: layers of kind {', '.join(sorted(layers))}")
     if "sliding_attention" in layers and window and window < max_context:
