@@ -88,10 +88,13 @@ class ImitationConfig(Section):
 
     demonstrations: int = Field(default=200, ge=0)
     """Expert episodes to learn from; 0 skips the warm start."""
-    batches: int = Field(default=200, ge=1)
-    batch_size: int = Field(default=16, ge=1)
+    batches: int = Field(default=400, ge=1)
+    batch_size: int = Field(default=8, ge=1)
     """Demonstrations in a batch."""
-    learning_rate: float = Field(default=2e-3, gt=0)
+    learning_rate: float = Field(default=3e-3, gt=0)
+    observation_weight: float = Field(default=0.0, ge=0)
+    """Weight of predicting what the expert read, relative to what it wrote. Teaches a model made from nothing to copy
+    names and to know the world; leave it at 0 for pretrained models."""
 
 
 class RolloutConfig(Section):

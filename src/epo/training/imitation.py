@@ -1,6 +1,6 @@
 """The warm start: supervised learning on expert demonstrations, cached by everything that decides its result.
 
-Legend: n trained tokens of a micro-batch.
+Legend: N predicted tokens of a batch, n of a micro-batch, T tokens of a row, B rows, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,21 +9,23 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from epo.config import Config, cache_dir
 from epo.files import new_folder
 from epo.objectives import token_logprobs_and_entropy
 from epo.packing import pack
-from epo.training.batch import flatten, micro_batches
+from epo.training.batch import micro_batches
 from epo.training.demonstrations import Demonstration, as_trajectory, texts
 from epo.training.policy import Policy, load_policy
 from epo.training.tiny import build_model, build_tokenizer
-from epo.types import Trajectory
+from epo.types import PackedRow, Trajectory
 
 
 def warm_started_policy(
@@ -72,7 +74,10 @@ def imitate(
     *,
     on_batch: Callable[[int, float], None] | None = None,
 ) -> None:
-    """Maximise the log-probability of the experts' tokens: AdamW, linear warm-up over a tenth, then linear decay."""
+    """Maximise the log-probability of the experts' tokens, and of what they read where `observation_weight` says so.
+
+    AdamW, linear warm-up over a tenth of the batches, then linear decay to 0.
+    """
     imitation, rng = config.imitation, random.Random(f"imitation/{config.seed}")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=imitation.learning_rate, weight_decay=0.01, fused=True)
     warmup = max(1, imitation.batches // 10)
@@ -92,16 +97,13 @@ def imitate(
 def _imitation_step(
     policy: Policy, trajectories: Sequence[Trajectory], config: Config, optimizer: torch.optim.Optimizer
 ) -> float:
-    batch = pack(trajectories)
-    tokens = flatten(batch, trajectories, device=policy.device)
+    """One optimiser step; returns the loss on the experts' tokens, in nats per token."""
+    rows, spans, weights_N, expert_weights_N = _targets(trajectories, config.imitation.observation_weight)
+    weights_N, expert_weights_N = weights_N.to(policy.device), expert_weights_N.to(policy.device)
     optimizer.zero_grad(set_to_none=True)
-    total = 0.0
+    expert_loss = 0.0
     for micro in micro_batches(
-        batch.rows,
-        tokens.row_spans,
-        range(len(batch.rows)),
-        max_tokens=config.optimizer.microbatch_tokens,
-        device=policy.device,
+        rows, spans, range(len(rows)), max_tokens=config.optimizer.microbatch_tokens, device=policy.device
     ):
         hidden_B_T_D = policy.hidden(micro.token_ids_B_T)
         logprobs_n, _ = token_logprobs_and_entropy(
@@ -110,12 +112,37 @@ def _imitation_step(
             micro.targets_n,
             head_bias=policy.head_bias_V,
         )
-        loss = -logprobs_n.sum() / batch.num_trained
-        torch.autograd.backward(loss)
-        total += loss.item()
+        torch.autograd.backward(-(weights_N[micro.index_n] * logprobs_n).sum())
+        expert_loss -= (expert_weights_N[micro.index_n] * logprobs_n.detach()).sum().item()
     torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
     optimizer.step()
-    return total
+    return expert_loss
+
+
+def _targets(
+    trajectories: Sequence[Trajectory], observation_weight: float
+) -> tuple[list[PackedRow], list[slice], Tensor, Tensor]:
+    """Rows in which every token that is to be predicted counts as trained, and the weight of each.
+
+    The experts' tokens weigh 1 together, those they read `observation_weight` together. With weight 0 only the experts'
+    tokens are predicted at all.
+    """
+    rows, spans, is_expert = [], [], []
+    start = 0
+    for row in pack(trajectories).rows:
+        if observation_weight > 0:
+            predicted_T = np.ones_like(row.trained_T)
+            predicted_T[0] = False
+        else:
+            predicted_T = row.trained_T
+        rows.append(replace(row, trained_T=predicted_T))
+        is_expert.append(row.trained_T[predicted_T])
+        spans.append(slice(start, start + len(is_expert[-1])))
+        start = spans[-1].stop
+    expert_N = torch.from_numpy(np.concatenate(is_expert))
+    expert_weights_N = expert_N.float() / expert_N.sum()
+    others = max(1, int((~expert_N).sum()))
+    return rows, spans, expert_weights_N + observation_weight * (~expert_N).float() / others, expert_weights_N
 
 
 def _fresh_policy(config: Config, demonstrations: Sequence[Demonstration]) -> Policy:
