@@ -11,8 +11,9 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -21,6 +22,9 @@ from rich.table import Table
 
 from epo.config import Config, load_config, recipe_names
 from epo.errors import UserError
+
+if TYPE_CHECKING:
+    from epo.evaluation.panels import PanelResult
 
 app = typer.Typer(
     name="epo",
@@ -35,15 +39,15 @@ stderr = Console(stderr=True)
 
 INTERRUPTED = 130
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as `seed=1`.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as `seed=1`.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
 @app.command(
     epilog="Examples:\n\n"
-    "    epo train quickstart\n\n"
-    "    epo train scienceworld-ppo-epo seed=1 optimizer.learning_rate=1e-4 --name try1\n\n"
-    "    epo train scienceworld-ppo-epo seed=1 optimizer.learning_rate=1e-4 --name try1 --resume\n\n"
+    "    epo train scienceworld-ppo-epo\n\n"
+    "    epo train scienceworld-ppo-epo seed=1 steps=50 --name try1\n\n"
+    "    epo train scienceworld-ppo-epo seed=1 steps=50 --name try1 --resume\n\n"
     "    epo train my-recipe.yaml --dry-run\n"
 )
 def train(
@@ -80,7 +84,7 @@ def train(
 @app.command(
     name="eval",
     epilog="Examples:\n\n"
-    "    epo eval runs/quickstart --split ood --episodes 128\n\n"
+    "    epo eval runs/try1 --split ood --episodes 128\n\n"
     "    epo eval path/to/model --recipe scienceworld-ppo --temperature 0\n",
 )
 def evaluate_command(
@@ -109,11 +113,7 @@ def evaluate_command(
     if as_json:
         _print_json({result.split: result.as_dict() for result in results})
         return
-    table = Table("split", "success", "95 % interval", "episodes", "score", "turns", "invalid turns")
-    for r in results:
-        numbers = (f"{r.success:.3f}", f"{r.low:.3f} to {r.high:.3f}", str(r.episodes), f"{r.score:.2f}")
-        table.add_row(r.split, *numbers, f"{r.turns:.1f}", f"{r.invalid:.1%}")
-    stdout.print(table)
+    _print_panels(results)
 
 
 @app.command(epilog="Example:\n\n    epo imitate scienceworld-ppo imitation.demonstrations=500\n")
@@ -141,6 +141,7 @@ def imitate(
     if as_json:
         _print_json({"model": str(folder), "eval": {result.split: result.as_dict() for result in results}})
         return
+    _print_panels(results)
     stdout.print(f"model: {folder}", soft_wrap=True, highlight=False)
 
 
@@ -148,7 +149,7 @@ def imitate(
 def play(
     suite: Annotated[str, typer.Argument(help="Name of a suite; `epo envs` lists them.")],
     options: Annotated[
-        list[str] | None, typer.Argument(metavar="[OPTION=VALUE]...", help="Suite options, such as `length=3`.")
+        list[str] | None, typer.Argument(metavar="OPTION=VALUE", help="Suite options, such as `length=3`.")
     ] = None,
     split: Annotated[str, typer.Option(help="Split to draw from.")] = "train",
     task: Annotated[str | None, typer.Option(help="Id of the task; default: the first of the split.")] = None,
@@ -201,13 +202,13 @@ def doctor(as_json: AsJson = False) -> None:
         table = Table("check", "found", "needed for", "mend")
         for check in checks:
             mark = "ok" if check.ok else "missing"
-            table.add_row(check.name, f"{mark}: {check.found}", check.needed_for, check.mend)
+            table.add_row(check.name, f"{mark}: {check.found}", check.needed_for, "" if check.ok else check.mend)
         stdout.print(table)
     if any(check.required and not check.ok for check in checks):
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(epilog="Examples:\n\n    epo recipes\n\n    epo train household-grpo --dry-run\n")
 def recipes(as_json: AsJson = False) -> None:
     """List the recipes that ship with the package."""
     names = recipe_names()
@@ -226,6 +227,14 @@ def _print_config(config: Config, *, as_json: bool) -> None:
 
 def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=1) + "\n")
+
+
+def _print_panels(results: Sequence[PanelResult]) -> None:
+    table = Table("split", "success", "95 % interval", "episodes", "score", "turns", "invalid turns")
+    for r in results:
+        numbers = (f"{r.success:.3f}", f"{r.low:.3f} to {r.high:.3f}", str(r.episodes), f"{r.score:.2f}")
+        table.add_row(r.split, *numbers, f"{r.turns:.1f}", f"{r.invalid:.1%}")
+    stdout.print(table)
 
 
 def _print_summary(summary: dict[str, Any]) -> None:

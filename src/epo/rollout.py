@@ -104,7 +104,8 @@ class RolloutCollector:
         """Play every spec to its end; trajectories in the order of `specs`.
 
         An episode whose environment fails for good ends with `StopReason.ENVIRONMENT_ERROR`; one whose prompt outgrows
-        the context ends with `StopReason.CONTEXT_OVERFLOW`, possibly before its first turn. Neither disturbs the others.
+        the context ends with `StopReason.CONTEXT_OVERFLOW`, possibly before its first turn. Neither disturbs the
+        others.
         """
         self.timing = RolloutTiming()
         finished: dict[int, Trajectory] = {}

@@ -35,13 +35,15 @@ class TextEnv(ABC):
         """
         return None
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  (most environments hold nothing)
         """Free what the environment holds. Safe to call twice."""
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -63,7 +65,7 @@ class TaskSuite(ABC):
     def make_env(self) -> TextEnv:
         """A new environment. Called inside worker processes."""
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027  (most suites need nothing)
         """Do what is needed once, before workers start (generate games, check Java). Called in the main process.
 
         Raises:

@@ -63,13 +63,13 @@ class ConsoleObserver:
         self._last_step = now
         recent = self._durations[-10:]
         left = (self._total - step) * sum(recent) / len(recent)
-        entropy = f"entropy {metrics['entropy/mean']:.3f}"
+        entropy = f"entropy {metrics['entropy/mean']:.3f}" if "entropy/mean" in metrics else "entropy -"
         if "entropy/turn_early" in metrics:
             entropy += f" (early {metrics['entropy/turn_early']:.3f}, late {metrics['entropy/turn_late']:.3f})"
         self._line(
-            f"step {step:>3}/{self._total}  episodes {metrics['episodes']:.0f}  success {metrics['success/train']:.2f}  "
-            f"reward {metrics['reward/mean']:+.2f}  {entropy}  kl {metrics.get('policy/kl', 0.0):.4f}  "
-            f"{metrics['tokens/per_second']:.0f} tok/s  left {_duration(left)}"
+            f"step {step:>3}/{self._total}  episodes {metrics['episodes']:.0f}  "
+            f"success {metrics['success/train']:.2f}  reward {metrics['reward/mean']:+.2f}  {entropy}  "
+            f"kl {metrics.get('policy/kl', 0.0):.4f}  {metrics['tokens/per_second']:.0f} tok/s  left {_duration(left)}"
         )
 
     def evaluated(self, step: int, results: Sequence[PanelResult]) -> None:

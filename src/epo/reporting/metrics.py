@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from itertools import pairwise
 
 from epo.types import StopReason, Trajectory, TrajectoryGroup
 
@@ -36,7 +37,8 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
 def entropy_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """Mean entropy over sampled tokens, and over the first and the last third of the turns actually played.
 
-    Every trajectory of at least two turns weighs the same in `turn_early` and `turn_late`; a third has at least one turn.
+    Every trajectory of at least two turns weighs the same in `turn_early` and `turn_late`; a third has at least one
+    turn. What nothing was sampled for is absent.
     """
     tokens = [float(h) for t in trajectories for turn in t.turns for h in turn.entropy]
     early: list[float] = []
@@ -47,7 +49,7 @@ def entropy_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
             third = max(1, len(per_turn_K) // 3)
             early.append(statistics.fmean(per_turn_K[:third]))
             late.append(statistics.fmean(per_turn_K[-third:]))
-    metrics = {"entropy/mean": statistics.fmean(tokens) if tokens else 0.0}
+    metrics = {"entropy/mean": statistics.fmean(tokens)} if tokens else {}
     if early:
         metrics |= {"entropy/turn_early": statistics.fmean(early), "entropy/turn_late": statistics.fmean(late)}
     return metrics
@@ -56,7 +58,7 @@ def entropy_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
 def entropy_oscillation(entropy_by_step: Sequence[float], *, window: int = 10) -> float:
     """Standard deviation of the step-to-step change of the mean entropy over the last `window` changes."""
     recent = list(entropy_by_step[-window - 1 :])
-    changes = [b - a for a, b in zip(recent, recent[1:], strict=False)]
+    changes = [b - a for a, b in pairwise(recent)]
     return statistics.pstdev(changes) if len(changes) >= 2 else 0.0
 
 

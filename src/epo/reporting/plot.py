@@ -39,7 +39,7 @@ def plot_run(
         ("entropy/turn_late", _ORANGE, "--", "last third of turns"),
         ("entropy/mean", _GREEN, ":", "all tokens"),
     ):
-        points = [(line["step"], line[name]) for line in metrics if name in line]
+        points = [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
         entropy.plot([s for s, _ in points], [h for _, h in points], color=colour, linestyle=style, label=label)
     entropy.set(title="Entropy per token", xlabel="RL step", ylabel="nats")
     for axes in (success, entropy):

@@ -16,7 +16,7 @@ from epo.files import write_atomically
 def write_report(
     path: Path, *, summary: dict[str, Any], config: Config, plot: Path, metrics: Sequence[dict[str, Any]]
 ) -> None:
-    """Write the page. Everything that came out of a model or an environment is escaped; nothing is loaded from elsewhere."""
+    """Write the page. What came out of a model or an environment is escaped; nothing is loaded from elsewhere."""
     template = (resources.files(__name__.rpartition(".")[0]) / "report.html.j2").read_text(encoding="utf-8")
     # The plot is our own SVG; its XML prologue does not belong inside a page.
     svg = plot.read_text(encoding="utf-8")

@@ -73,7 +73,8 @@ def read_state(path: Path) -> dict[str, Any]:
         ) from None
     if version != FORMAT:
         raise UserError(
-            f"checkpoint {str(path)!r} has format {version}, this version of epo reads {FORMAT}: use the epo that wrote it"
+            f"checkpoint {str(path)!r} has format {version}, this version of epo reads {FORMAT}: "
+            "use the epo that wrote it"
         )
     for name, expected in sums.items():
         file = path / name

@@ -69,7 +69,7 @@ class Learner:
         metrics: dict[str, float] = defaultdict(float)
         shuffle = np.random.default_rng([self.config.seed, step, 1])
         steps = 0
-        for epoch in range(self.config.optimizer.epochs):
+        for _ in range(self.config.optimizer.epochs):
             for trajectory_ids in _minibatches(survivors, self.config.optimizer.minibatches, shuffle):
                 contribution = self._minibatch(data, trajectory_ids, step=step, on_policy=steps == 0)
                 for name, value in contribution.items():

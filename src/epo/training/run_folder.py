@@ -2,14 +2,21 @@
 
 config.yaml  provenance.json  metrics.jsonl  eval.jsonl  trajectories/  checkpoints/  tensorboard/
 plot.svg  report.html  summary.json
+
+Every line of the logs is strict JSON: a number that is not finite is written as null.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from epo.config import Config, parse_config
 from epo.errors import UserError
@@ -62,9 +69,13 @@ class RunFolder:
 
     def config(self) -> Config:
         """The resolved configuration the run was started with."""
-        import yaml
-
-        return parse_config(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")))
+        file = self.path / "config.yaml"
+        try:
+            tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{str(file)!r} cannot be read ({reason}): restore it, or start a new run") from None
+        return parse_config(tree)
 
     def add_step(self, step: int, metrics: dict[str, float], groups: Sequence[TrajectoryGroup]) -> None:
         """Append a step. The trajectories come first, so a step in the metrics has its trajectories."""
@@ -79,14 +90,27 @@ class RunFolder:
     def add_evaluation(self, entry: dict[str, Any]) -> None:
         _append(self.evaluations_file, entry)
 
-    def rewind(self, step: int) -> None:
-        """Forget everything after `step` finished steps: a resumed run writes it again."""
-        for file, limit in ((self.metrics_file, step), (self.evaluations_file, step)):
-            kept = [line for line in read_lines(file) if line["step"] <= limit]
-            write_atomically(file, "".join(json.dumps(line) + "\n" for line in kept))
+    @contextmanager
+    def kept_only_with_content(self) -> Iterator[None]:
+        """Removes the folder again when the block fails before anything was recorded: the name stays free."""
+        try:
+            yield
+        except BaseException:
+            if not any(p.exists() for p in (self.metrics_file, self.evaluations_file, self.checkpoints)):
+                shutil.rmtree(self.path)
+            raise
+
+    def rewind(self, step: int, *, evaluations: Sequence[dict[str, Any]]) -> None:
+        """Forget what a checkpoint of `step` finished steps and these `evaluations` does not know of: a resumed run
+        writes it again."""
+        _write(self.metrics_file, [line for line in self.metrics() if line["step"] <= step])
+        _write(self.evaluations_file, evaluations)
         for file in (self.path / "trajectories").glob("step_*.jsonl"):
             if int(file.stem[5:]) > step:
                 file.unlink()
+        if self.checkpoints.is_dir():
+            for draft in self.checkpoints.glob(".step_*"):  # left by a process that was killed while it wrote
+                shutil.rmtree(draft)
 
     def metrics(self) -> list[dict[str, Any]]:
         return read_lines(self.metrics_file)
@@ -137,5 +161,13 @@ def trajectory_record(trajectory: Trajectory, *, step: int, group: int) -> dict[
 
 def _append(file: Path, entry: dict[str, Any]) -> None:
     with file.open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps(entry) + "\n")
-        handle.flush()
+        handle.write(_line(entry))
+
+
+def _write(file: Path, entries: Sequence[dict[str, Any]]) -> None:
+    write_atomically(file, "".join(map(_line, entries)))
+
+
+def _line(entry: dict[str, Any]) -> str:
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -26,6 +27,7 @@ from epo.errors import UserError
 from epo.files import write_atomically
 from epo.reporting.plot import plot_run
 from epo.reporting.report import write_report
+from epo.reporting.tensorboard import TensorBoardLog
 from epo.training.checkpoint import checkpoints, read_state
 from epo.training.demonstrations import collect_demonstrations
 from epo.training.imitation import warm_started_policy
@@ -83,8 +85,9 @@ def starting_policy(config: Config, suite: TaskSuite, pool: EnvPool, observer: O
 def train_run(config: Config, path: Path, observer: Observer, *, resume: bool) -> dict[str, Any]:
     """Train, evaluate, and leave the run folder `path` complete; returns the summary.
 
-    With `resume`, goes on from the newest checkpoint of `path`, or from its start if there is none. The first Ctrl-C (or
-    SIGTERM) ends the run after the current step with a checkpoint, the second one at once.
+    With `resume`, goes on from the newest checkpoint of `path`, or from its start if there is none. The first Ctrl-C
+    (or SIGTERM) ends the run after the current step with a checkpoint, the second one at once. A run that fails before
+    it has anything to show leaves no folder.
     """
     quiet_libraries()
     suite = prepare_suite(config)
@@ -92,7 +95,7 @@ def train_run(config: Config, path: Path, observer: Observer, *, resume: bool) -
         run, checkpoint = _reopen(path, config)
     else:
         run, checkpoint = RunFolder.create(path, config, provenance(suite)), None
-    with open_pool(config) as pool:
+    with run.kept_only_with_content(), open_pool(config) as pool:
         start = None
         if checkpoint is None or config.algorithm.kl_coefficient > 0:
             start = starting_policy(config, suite, pool, observer)
@@ -100,9 +103,9 @@ def train_run(config: Config, path: Path, observer: Observer, *, resume: bool) -
         assert policy is not None
         trainer = Trainer(config, suite, pool, policy, run, observer, resume_from=checkpoint, start_policy=start)
         if resume:
-            run.rewind(trainer.state.step)
+            run.rewind(trainer.state.step, evaluations=trainer.state.evaluations)
             observer.note(f"resuming {str(path)!r} after step {trainer.state.step}")
-        with _stop_after_step(trainer, observer):
+        with _stop_after_step(trainer, observer), _tensorboard(run, trainer, observer):
             finished = trainer.train()
     return _finish(run, config, trainer, finished=finished)
 
@@ -157,6 +160,20 @@ def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list
         elif left != right:
             found.append(f"{prefix}{key} ({left!r} then, {right!r} now)")
     return found
+
+
+@contextmanager
+def _tensorboard(run: RunFolder, trainer: Trainer, observer: Observer) -> Iterator[None]:
+    if importlib.util.find_spec("tensorboard") is None:
+        observer.note("no TensorBoard log: pip install 'epo-agents[report]' to have one")
+        yield
+        return
+    log = TensorBoardLog(run.path / "tensorboard", purge_step=trainer.state.step + 1)
+    trainer.log = log
+    try:
+        yield
+    finally:
+        log.close()
 
 
 @contextmanager

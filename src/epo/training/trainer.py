@@ -11,7 +11,7 @@ for k = 0 .. K-1:
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +31,14 @@ from epo.training.learner import Learner
 from epo.training.policy import Policy
 from epo.training.run_folder import RunFolder
 from epo.types import StopReason, Trajectory, TrajectoryGroup
+
+
+class MetricsLog(Protocol):
+    """Where numbers go besides the run folder's files."""
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def evaluated(self, step: int, results: Sequence[PanelResult]) -> None: ...
 
 
 class Observer(Protocol):
@@ -97,6 +105,7 @@ class Trainer:
         }
         self.state = TrainerState()
         self.stop_requested = False
+        self.log: MetricsLog | None = None
         if resume_from is not None:
             self.state = TrainerState(**load_checkpoint(resume_from, self.learner))
         for warning in self.control.warnings():
@@ -107,6 +116,8 @@ class Trainer:
         config, total = self.config, self.config.steps
         if not self.state.evaluations:
             self.evaluate()
+            if self.stop_requested or total == 0:
+                self.save()
         while self.state.step < total and not self.stop_requested:
             start = time.perf_counter()
             groups = self.collect(self.state.step)
@@ -150,7 +161,8 @@ class Trainer:
     ) -> None:
         """Write the step's metrics and trajectories."""
         metrics = rollout_metrics(groups) | update_metrics
-        self.state.entropy_by_step.append(metrics["entropy/mean"])
+        if "entropy/mean" in metrics:  # absent when every environment failed before the first turn
+            self.state.entropy_by_step.append(metrics["entropy/mean"])
         metrics["entropy/oscillation"] = entropy_oscillation(self.state.entropy_by_step)
         tokens = sum(t.num_tokens for group in groups for t in group.trajectories)
         timing = self.collector.timing
@@ -164,6 +176,8 @@ class Trainer:
             "tokens/per_second": tokens / step_seconds,
         }
         self.run.add_step(self.state.step, metrics, groups)
+        if self.log is not None:
+            self.log.step(self.state.step, metrics)
         self.observer.step(self.state.step, metrics)
 
     def evaluate(self) -> list[PanelResult]:
@@ -188,6 +202,8 @@ class Trainer:
         entry = {"step": self.state.step, "panels": [result.as_dict() for result in results]}
         self.state.evaluations.append(entry)
         self.run.add_evaluation(entry)
+        if self.log is not None:
+            self.log.evaluated(self.state.step, results)
         self.observer.evaluated(self.state.step, results)
         return results
 
