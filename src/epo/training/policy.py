@@ -132,10 +132,11 @@ def load_policy(folder: str | Path, config: ModelConfig) -> Policy:
             f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}: copy the directory again, completely"
         )
     entries = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > entries:
+    # Without added tokens: many a directory declares a padding token that no text ever needs.
+    if tokenizer.vocab_size > entries:
         raise UserError(
-            f"model.path={str(folder)!r}: the tokenizer has {len(tokenizer)} entries, the model {entries}: they do not "
-            "belong together, copy both from the same place"
+            f"model.path={str(folder)!r}: the tokenizer has {tokenizer.vocab_size} entries, the model {entries}: "
+            "they do not belong together, copy both from the same place"
         )
     model.to(device)
     model.eval()  # no dropout: the sampler and the learner must compute the same numbers
@@ -173,19 +174,20 @@ def _check_directory(folder: Path) -> None:
 
 def _refuse_unsupported(model: Any, *, max_context: int) -> None:
     config = model.config
-    kind = getattr(config, "model_type", type(model).__name__)
+    what = f"model.path={model.name_or_path!r} holds a model of type {getattr(config, 'model_type', '?')!r}"
+    instead = "choose a model of another family, Llama or Qwen for example"
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, name, None) not in (None, 1, 1.0):
-            raise UserError(
-                f"models of type {kind!r} are not supported: their head applies {name}, which the token head does not"
-            )
+            raise UserError(f"{what}, whose head applies {name}, which the losses do not: {instead}")
     window = getattr(config, "sliding_window", None)
     # Where the layers are not told apart (Mistral, Phi), a window is that of all of them.
     layers = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
     if layers - {"full_attention", "sliding_attention"}:
-        raise UserError(f"models of type {kind!r} are not supported: layers of kind {', '.join(sorted(layers))}")
+        raise UserError(
+            f"{what} with layers of kind {', '.join(sorted(layers))}, which the sampler cannot keep: {instead}"
+        )
     if "sliding_attention" in layers and window and window < max_context:
         raise UserError(
-            f"models of type {kind!r} attend to {window} tokens only in some layers, which the sampler does not: "
+            f"{what} that attends to {window} tokens only in some layers, which the sampler does not: "
             f"set model.max_context to {window} or less"
         )

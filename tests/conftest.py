@@ -1,0 +1,62 @@
+"""Fixtures for every test: a minute policy made from nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from epo.config import ModelConfig
+from epo.training.policy import Policy
+from epo.training.tiny import build_model, build_tokenizer
+
+TEXTS = [
+    "You are in the kitchen. You see a door, a cup and a red apple.",
+    "open the door to the hallway",
+    "<think>the door is closed</think><action>open door</action>",
+    "The door is now open. You move to the living room.",
+] * 4
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> ModelConfig:
+    """Two layers, hidden size 32, about 300 entries, 256 tokens of context, fp32 on the CPU."""
+    tiny = {"vocabulary_size": 320, "hidden_size": 32, "layers": 2, "heads": 2, "intermediate_size": 64}
+    return ModelConfig.model_validate({"max_context": 256, "device": "cpu", "tiny": tiny})
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """The embedded model's tokenizer. Shared: do not change it."""
+    return build_tokenizer(TEXTS, vocabulary_size=320)
+
+
+@pytest.fixture
+def make_policy(tiny_config: ModelConfig, tokenizer: Any) -> Callable[..., Policy]:
+    """`make_policy(seed=0, lively=True)`: a new policy each time, to train or perturb as a test likes.
+
+    A model made from nothing is almost uniform over its vocabulary, whatever it reads. A lively one has larger weights:
+    its predictions depend on the whole prompt (mean entropy about 4.2 nats) and some responses end by themselves.
+    """
+
+    def make(*, seed: int = 0, lively: bool = True) -> Policy:
+        model = build_model(tokenizer, tiny_config, seed=seed)
+        if lively:
+            embedding = model.get_output_embeddings().weight
+            for parameter in model.parameters():
+                if parameter.dim() == 2:
+                    parameter.data.mul_(15 if parameter is embedding else 20)
+            generator = torch.Generator().manual_seed(seed)
+            end = torch.randn(embedding.shape[1], generator=generator)
+            embedding.data[tokenizer.eos_token_id] = 0.8 * end
+        return Policy(model.eval(), tokenizer, max_context=tiny_config.max_context)
+
+    return make
+
+
+@pytest.fixture
+def policy(make_policy: Callable[..., Policy]) -> Policy:
+    """A fresh, lively policy."""
+    return make_policy()

@@ -1,0 +1,242 @@
+"""Configuration: every mistake is one line that names the key and the fix; whatever parses, parses again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from epo.config import Config, apply_overrides, load_config, parse_config, recipe_names
+from epo.errors import UserError
+
+
+def refusal(recipe: str, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(recipe, overrides)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    return message
+
+
+def write(folder: Path, name: str, text: str) -> str:
+    (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+    return str(folder / f"{name}.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optimizer.learning_rat=1", "unknown key 'optimizer.learning_rat' (did you mean 'learning_rate'?)"),
+        ("kappa_high=3", "unknown key 'kappa_high' (did you mean 'entropy.kappa_high'?)"),
+        ("model.tiny.layer=2", "unknown key 'model.tiny.layer' (did you mean 'layers'?)"),
+        ("entrpy.alpha=1", "unknown key 'entrpy' (did you mean 'entropy'?)"),
+        ("algorithm.critic.xyz=1", "Valid here: trunk, learning_rate, coefficient, clip"),
+    ],
+)
+def test_unknown_keys_name_the_nearest(override: str, expected: str) -> None:
+    assert expected in refusal("base", override)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("environment.workers=0", "environment.workers=0 is not allowed: input should be greater than or equal to 1"),
+        ("optimizer.learning_rate=0", "optimizer.learning_rate=0"),
+        ("optimizer.learning_rate=.inf", "finite"),
+        ("optimizer.learning_rate=.nan", "optimizer.learning_rate=nan"),
+        ("optimizer.betas=[0.9, 1.0]", "optimizer.betas.1=1.0"),
+        ("optimizer.betas=[0.9]", "optimizer.betas.1"),
+        ("optimizer.betas=0.9", "optimizer.betas=0.9"),
+        ("optimizer=3", "optimizer=3 is not allowed: a section of keys and values goes here"),
+        ("algorithm.gamma=1.1", "algorithm.gamma=1.1"),
+        ("algorithm.name=sac", "algorithm.name='sac' is not allowed: input should be 'ppo' or 'grpo'"),
+        ("steps=1.5", "steps=1.5"),
+        ("steps=many", "steps='many'"),
+        ("evaluation.splits=iid", "evaluation.splits='iid'"),
+        ("environment.options=[1]", "environment.options=[1]"),
+        ("environment.options={1: 2}", "environment.options.1"),
+        ("environment={1: 2}", "environment.1=1 is not allowed: keys should be strings"),
+        ("entropy.kappa_low=2", "entropy: kappa_low 2.0 must be below kappa_high 2.0"),
+        ("model.tiny.hidden_size=190", "model.tiny: hidden_size 190 must be a multiple of 2*heads (8)"),
+        ("agent.max_response_tokens=2048", "set it below model.max_context 2048"),
+        ("algorithm.name=grpo", "set rollout.group_size to 2 or more"),
+        ("imitation.demonstrations=0", "set imitation.demonstrations, or give a model directory"),
+        ("name=[" + "x" * 5000 + "]", "..."),
+    ],
+)
+def test_bad_values_name_the_key_and_what_is_allowed(override: str, expected: str) -> None:
+    message = refusal("base", override)
+    assert expected in message
+    assert len(message) < 500
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("steps", "not of the form key=value"),
+        ("=3", "not of the form key=value"),
+        ("", "not of the form key=value"),
+        ("steps.deep=3", "'steps' is a value, not a section"),
+        ("name=[", "not valid YAML; quote it"),
+        ("name=2024-13-45", "not valid YAML; quote it"),
+        ("name=!!bool perhaps", "not valid YAML; quote it"),
+        ("model..path=x", "unknown key 'model.'"),
+    ],
+)
+def test_bad_overrides(override: str, expected: str) -> None:
+    assert expected in refusal("scienceworld-ppo", override)
+
+
+def test_overrides_are_typed_nested_and_later_ones_win() -> None:
+    config = load_config(
+        "base",
+        [
+            "optimizer.learning_rate=1e-4",
+            "algorithm.critic.clip=0.5",
+            "algorithm.dual_clip=null",
+            "evaluation.splits=[iid]",
+            "optimizer.betas=[0.8, 0.99]",
+            "environment.options.simplification=easy",
+            "environment.options.tasks=[a, b]",
+            "name=a=b",
+            "steps=1",
+            "steps=2",
+        ],
+    )
+    assert config.optimizer.learning_rate == 1e-4
+    assert (config.algorithm.critic.clip, config.algorithm.dual_clip) == (0.5, None)
+    assert config.evaluation.splits == ["iid"]
+    assert config.optimizer.betas == (0.8, 0.99)
+    assert config.environment.options == {"simplification": "easy", "tasks": ["a", "b"]}
+    assert (config.name, config.steps) == ("a=b", 2)
+
+
+def test_options_belong_to_one_suite() -> None:
+    recipe = "scienceworld-ppo"
+    assert "tasks" in load_config(recipe).environment.options
+    assert "tasks" in load_config(recipe, ["environment.suite=scienceworld"]).environment.options
+    own = ["environment.options.size=3", "environment.suite=household"]
+    for overrides in (own, own[::-1]):
+        assert load_config(recipe, overrides).environment.options == {"size": 3}
+        assert apply_overrides(load_config(recipe), overrides).environment.options == {"size": 3}
+
+
+def test_a_child_that_changes_the_suite_inherits_no_options(tmp_path: Path) -> None:
+    write(tmp_path, "parent", "environment: {suite: a, workers: 3, options: {x: 1}}")
+    other = load_config(write(tmp_path, "other", "extends: parent\nenvironment: {suite: b, options: {y: 2}}"))
+    assert (other.environment.options, other.environment.workers) == ({"y": 2}, 3)
+    same = load_config(write(tmp_path, "same", "extends: parent\nenvironment: {suite: a, options: {y: 2}}"))
+    assert same.environment.options == {"x": 1, "y": 2}
+
+
+def test_recipes_extend_a_chain_of_recipes(tmp_path: Path) -> None:
+    write(tmp_path, "a", "steps: 1\nseed: 1\noptimizer: {epochs: 1, minibatches: 7}\nname: a")
+    write(tmp_path, "b", "extends: a.yaml\nsteps: 2\noptimizer: {epochs: 2}")
+    config = load_config(write(tmp_path, "c", "extends: b\nsteps: 3"))
+    assert (config.name, config.steps, config.seed) == ("c", 3, 1)
+    assert (config.optimizer.epochs, config.optimizer.minibatches) == (2, 7)
+    shipped = load_config(write(tmp_path, "d", "extends: household-grpo\nsteps: 3"))
+    assert (shipped.name, shipped.steps, shipped.algorithm.name) == ("d", 3, "grpo")
+
+
+def test_broken_chains_are_user_errors(tmp_path: Path) -> None:
+    write(tmp_path, "a", "extends: b")
+    assert "extends itself: b.yaml -> a.yaml -> b.yaml" in refusal(write(tmp_path, "b", "extends: a"))
+    assert "extends itself" in refusal(write(tmp_path, "self", "extends: self"))
+    orphan = refusal(write(tmp_path, "orphan", "extends: scienceworld-pp"))
+    assert "unknown recipe 'scienceworld-pp' (did you mean 'scienceworld-ppo'?)" in orphan
+    assert "unknown recipe '[1]'" in refusal(write(tmp_path, "list", "extends: [1]"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: [", "cannot be read as YAML"),
+        ("- a\n- b", "must be a mapping of sections, not a list"),
+        ("name: 2024-13-45", "cannot be read as YAML"),
+        ("environment:\n", "environment=None is not allowed: a section"),
+        ('"a\\nb": 1', "unknown key 'a\\nb'"),
+    ],
+)
+def test_broken_recipe_files_are_user_errors(tmp_path: Path, text: str, expected: str) -> None:
+    assert expected in refusal(write(tmp_path, "broken", text))
+
+
+def test_files_that_are_not_text_are_user_errors(tmp_path: Path) -> None:
+    file = tmp_path / "binary.yaml"
+    file.write_bytes(b"\xff\xfe\x00name")
+    assert str(file) in refusal(str(file))
+
+
+@pytest.mark.parametrize("recipe", ["nope", "", "nope.yaml", "a\0b.yaml", "x" * 5000 + ".yaml", "_common", "."])
+def test_unknown_recipes_list_the_known_ones(recipe: str) -> None:
+    assert ", ".join(recipe_names()) in refusal(recipe)
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_shipped_recipes_parse_and_round_trip(recipe: str) -> None:
+    config = load_config(recipe)
+    assert config.name == recipe.rpartition("/")[2]
+    assert parse_config(yaml.safe_load(config.to_yaml())) == config
+
+
+def test_an_empty_recipe_is_the_defaults(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "run", "")) == Config()
+    assert load_config("base").model_copy(update={"name": "run"}) == Config()
+
+
+SECTIONS = {name: field.annotation for name, field in Config.model_fields.items()}
+leaves = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.integers(0, 100),
+    st.floats(),
+    st.floats(0, 1),
+    st.text(max_size=5),
+    st.sampled_from(["tiny", "grpo", "epo", "window", "1e-4", "a\nb"]),
+)
+values = st.recursive(
+    leaves,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3) | st.integers(), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def known_sections() -> st.SearchStrategy[dict[str, Any]]:
+    def section(name: str) -> st.SearchStrategy[Any]:
+        fields = getattr(SECTIONS[name], "model_fields", None)
+        if fields is None:
+            return values
+        return st.dictionaries(st.sampled_from(list(fields)), leaves | values, max_size=3) | values
+
+    return st.fixed_dictionaries({}, optional={name: section(name) for name in SECTIONS})
+
+
+@given(tree=known_sections() | st.dictionaries(st.text(max_size=5) | st.integers() | st.none(), values, max_size=3))
+def test_any_tree_parses_or_is_a_one_line_user_error(tree: dict[Any, Any]) -> None:
+    try:
+        config = parse_config(tree)
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1
+        assert str(error)
+    else:
+        assert parse_config(yaml.safe_load(config.to_yaml())) == config
+
+
+@given(
+    key=st.sampled_from(["steps", "name", "optimizer.learning_rate", "environment.options.x", "model", "a.b", ""])
+    | st.text(max_size=8),
+    value=st.text(max_size=12) | values.map(lambda value: yaml.safe_dump(value, default_flow_style=True)),
+)
+def test_any_override_parses_or_is_a_user_error(key: str, value: str) -> None:
+    try:
+        config = load_config("base", [f"{key}={value}"])
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1
+    else:
+        assert parse_config(yaml.safe_load(config.to_yaml())) == config

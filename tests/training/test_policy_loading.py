@@ -1,0 +1,217 @@
+"""Loading a model directory: what is saved comes back; whatever is wrong is one message that names path and fix."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from epo.config import ModelConfig
+from epo.errors import UserError
+from epo.training.policy import Policy, load_policy
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@pytest.fixture
+def folder(policy: Policy, tmp_path: Path) -> Path:
+    policy.save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def refusal(folder: Path | str, config: ModelConfig) -> str:
+    with pytest.raises(UserError) as caught:
+        load_policy(folder, config)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    # Nothing of a library's traceback hangs on the one error that users see.
+    assert caught.value.__cause__ is None
+    assert caught.value.__context__ is None or caught.value.__suppress_context__
+    return message
+
+
+def change_json(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def truncate(file: Path, length: int) -> None:
+    file.write_bytes(file.read_bytes()[:length])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_was_saved_comes_back(policy: Policy, folder: Path, tiny_config: ModelConfig, dtype: str) -> None:
+    loaded = load_policy(folder, tiny_config.model_copy(update={"dtype": dtype}))
+    saved = policy.model.state_dict()
+    assert loaded.model.state_dict().keys() == saved.keys()
+    for name, tensor in loaded.model.state_dict().items():
+        assert torch.equal(tensor, saved[name].to(getattr(torch, dtype)))
+    assert loaded.chat.first_prompt("open the door") == policy.chat.first_prompt("open the door")
+    assert loaded.chat.stop_id == policy.chat.stop_id
+    assert not loaded.model.training
+    assert (loaded.version, loaded.max_context) == (0, tiny_config.max_context)
+
+
+def test_weights_in_shards_come_back(policy: Policy, folder: Path, tiny_config: ModelConfig) -> None:
+    (folder / WEIGHTS).unlink()
+    policy.model.save_pretrained(folder, max_shard_size="40KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    for name, tensor in load_policy(folder, tiny_config).model.state_dict().items():
+        assert torch.equal(tensor, policy.model.state_dict()[name])
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    message = refusal(folder, tiny_config)
+    assert str(folder) in message and shard.name in message and "copy it again, completely" in message
+
+
+@pytest.mark.parametrize("name", ["nope", "file", "a\0b", "x" * 5000])
+def test_paths_that_are_no_directories(tmp_path: Path, tiny_config: ModelConfig, name: str) -> None:
+    (tmp_path / "file").write_text("")
+    message = refusal(tmp_path / name, tiny_config)
+    assert repr(str(tmp_path / name)) in message
+    assert "is not a directory: give the path of a Hugging Face model directory, or 'tiny'" in message
+
+
+Damage = Callable[[Path], Any]
+
+
+def pickled_weights(folder: Path) -> None:
+    torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+def drop_a_layer(folder: Path) -> None:
+    tensors = {name: t for name, t in load_file(folder / WEIGHTS).items() if "layers.1." not in name}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    "no configuration": (lambda f: (f / "config.json").unlink(), "has no config.json"),
+    "cut configuration": (lambda f: truncate(f / "config.json", 40), "copy the directory again, completely"),
+    "configuration is a list": (lambda f: (f / "config.json").write_text("[]"), "copy the directory again, completely"),
+    "unknown architecture": (
+        lambda f: change_json(f / "config.json", model_type="foo"),
+        "choose a model that this version of transformers knows",
+    ),
+    "other sizes": (lambda f: change_json(f / "config.json", hidden_size=64), "copy the directory again, completely"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), "lacks model.safetensors: copy it again, completely"),
+    "pickled weights": (pickled_weights, "convert its weights to safetensors (pickled weights are not read)"),
+    "empty weights": (lambda f: truncate(f / WEIGHTS, 0), "copy the directory again, completely"),
+    "cut header": (lambda f: truncate(f / WEIGHTS, 100), "copy the directory again, completely"),
+    "cut weights": (lambda f: truncate(f / WEIGHTS, 50_000), "copy the directory again, completely"),
+    "a layer is missing": (drop_a_layer, "has no weights for model.layers.1.input_layernorm.weight"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "copy the directory again, completely"),
+    "cut tokenizer": (lambda f: truncate(f / "tokenizer.json", 400), "copy the directory again, completely"),
+    "empty tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "copy the directory again, completely"),
+    "nonsense in the tokenizer": (
+        lambda f: change_json(f / "tokenizer.json", model={"type": "Nonsense"}),
+        "copy the directory again, completely",
+    ),
+    "no chat template": (lambda f: (f / "chat_template.jinja").unlink(), "has no chat template"),
+    "broken chat template": (lambda f: (f / "chat_template.jinja").write_text("{% for"), "does not render"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_directories(folder: Path, tiny_config: ModelConfig, damage: str) -> None:
+    apply, expected = DAMAGES[damage]
+    apply(folder)
+    message = refusal(folder, tiny_config)
+    assert expected in message
+    assert str(folder) in message
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"weight_map', '{"weight_map": []}', '{"weight_map": {"a": ["b"]}}', '{"weight_map": {"a": 1}}'],
+)
+@pytest.mark.parametrize("alone", [True, False])
+def test_damaged_indexes(folder: Path, tiny_config: ModelConfig, text: str, alone: bool) -> None:
+    (folder / INDEX).write_text(text)
+    if alone:
+        (folder / WEIGHTS).unlink()
+    message = refusal(folder, tiny_config)
+    assert str(folder) in message
+    assert "completely" in message
+
+
+def test_a_tokenizer_of_another_model(folder: Path, tiny_config: ModelConfig, policy: Policy) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:200].clone()
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    change_json(folder / "config.json", vocab_size=200)
+    message = refusal(folder, tiny_config)
+    assert f"the tokenizer has {policy.tokenizer.vocab_size} entries, the model 200" in message
+
+
+def test_more_context_than_the_model_can_read(folder: Path, tiny_config: ModelConfig) -> None:
+    message = refusal(folder, tiny_config.model_copy(update={"max_context": 257}))
+    assert message == f"model.max_context=257 exceeds what {str(folder)!r} can read: at most 256"
+
+
+def test_cuda_without_a_gpu(folder: Path, tiny_config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    truncate(folder / WEIGHTS, 100)  # said before minutes of loading
+    message = refusal(folder, tiny_config.model_copy(update={"device": "cuda"}))
+    assert message.startswith("model.device='cuda' but PyTorch sees no GPU: set model.device=cpu")
+
+
+ARCHITECTURES: dict[str, tuple[Any, Any, dict[str, Any], str | None]] = {
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}, None),
+    "mistral, wide window": (MistralConfig, MistralForCausalLM, {"sliding_window": 256}, None),
+    "mistral, window": (
+        MistralConfig,
+        MistralForCausalLM,
+        {"sliding_window": 255},
+        "set model.max_context to 255 or less",
+    ),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"use_sliding_window": False, "sliding_window": 16}, None),
+    "qwen2, window in some layers": (
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+        "set model.max_context to 16 or less",
+    ),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM, {"head_dim": 16}, "whose head applies final_logit_softcapping"),
+    "cohere": (CohereConfig, CohereForCausalLM, {}, "whose head applies logit_scale"),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures_that_would_be_computed_wrongly_are_refused(
+    folder: Path, tiny_config: ModelConfig, policy: Policy, name: str
+) -> None:
+    make_config, make_model, options, expected = ARCHITECTURES[name]
+    sizes = {
+        "vocab_size": len(policy.tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+    }
+    make_model(make_config(**sizes, **options)).save_pretrained(folder)
+    if expected is None:
+        assert load_policy(folder, tiny_config).model.config.model_type == make_config.model_type
+    else:
+        message = refusal(folder, tiny_config)
+        assert expected in message
+        assert str(folder) in message
