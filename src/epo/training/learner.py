@@ -223,7 +223,8 @@ class Learner:
         clip = self.config.optimizer.grad_clip
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), clip)
         metrics["policy/grad_norm"] += norm.item()
-        finite = bool(torch.isfinite(norm))
+        # A loss that is not finite can leave a finite gradient: max() passes none on where its arguments are NaN.
+        finite = bool(torch.isfinite(norm)) and math.isfinite(metrics["policy/loss"])
         if self.critic is not None:
             critic_norm = torch.nn.utils.clip_grad_norm_(self.critic.parameters(), clip)
             metrics["value/grad_norm"] += critic_norm.item()
