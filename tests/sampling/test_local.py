@@ -258,3 +258,12 @@ def test_more_episodes_than_slots_are_refused_until_one_is_released(policy: Poli
 
 def test_no_requests_no_completions(policy: Policy) -> None:
     assert draw(LocalSampler(policy, max_episodes=1)) == []
+
+
+def test_padding_behind_a_row_near_the_end_of_the_context_harms_nothing(policy: Policy) -> None:
+    sampler = LocalSampler(policy, max_episodes=2)
+    full, long = words(policy, seed=0, length=policy.max_context - 10), words(policy, seed=1, length=100)
+    draw(sampler, request(0, full[:-2]), tokens=1)
+    # Two new tokens next to a hundred: episode 0 is padded far over the end of its slot.
+    for completion, prompt_ids in zip(draw(sampler, request(0, full), request(1, long)), (full, long), strict=True):
+        assert_naive(policy, prompt_ids, completion)

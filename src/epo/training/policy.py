@@ -110,8 +110,7 @@ def load_policy(folder: str | Path, config: ModelConfig) -> Policy:
     _check_directory(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model: Any
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             local_files_only=True,
             use_safetensors=True,
@@ -119,6 +118,7 @@ def load_policy(folder: str | Path, config: ModelConfig) -> Policy:
             attn_implementation="sdpa",
             output_loading_info=True,
         )
+        model, report = loaded
     except Exception as error:  # whatever is wrong with the files: tokenizers, for one, raises bare Exception
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(
