@@ -52,7 +52,8 @@ def build_model(tokenizer: Any, config: ModelConfig, *, seed: int) -> LlamaForCa
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        # No padding token: its embedding would start at zero and never learn, and here it would be the end token.
+        pad_token_id=None,
     )
     # The caller's random state is none of our business: initialise inside a fork of it.
     with torch.random.fork_rng(devices=[]):
