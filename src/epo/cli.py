@@ -1,6 +1,6 @@
 """The `epo` command.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted after a clean checkpoint.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 Heavy imports happen inside commands, so that `--help` and wrong usage answer at once.
 """
 
@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -71,8 +70,13 @@ def train(
     from epo.training.session import train_run
 
     path = runs / (name or config.name.replace("/", "-"))
-    with ConsoleObserver(config.steps, stderr) as observer:
-        summary = train_run(config, path, observer, resume=resume)
+    try:
+        with ConsoleObserver(config.steps, stderr) as observer:
+            summary = train_run(config, path, observer, resume=resume)
+    except KeyboardInterrupt:
+        rest = "; --resume goes on from the last checkpoint" if path.exists() else " before anything was recorded"
+        stderr.print(f"interrupted{rest}", highlight=False)
+        raise typer.Exit(INTERRUPTED) from None
     if as_json:
         _print_json(summary)
     else:
@@ -262,12 +266,8 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    start = time.monotonic()
     try:
         app()
     except UserError as error:
         stderr.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        stderr.print(f"interrupted after {time.monotonic() - start:.0f} s", highlight=False)
-        sys.exit(INTERRUPTED)
