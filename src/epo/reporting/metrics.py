@@ -31,7 +31,8 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
     }
     for reason in StopReason:
         metrics[f"stop/{reason.value}"] = sum(t.stop_reason is reason for t in trajectories) / count
-    return metrics | entropy_metrics(trajectories)
+    # As in the entropy history: episodes that an environment error ended are no part of the policy's record.
+    return metrics | entropy_metrics([t for group in groups for t in group.survivors])
 
 
 def entropy_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:

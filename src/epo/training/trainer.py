@@ -161,7 +161,7 @@ class Trainer:
     ) -> None:
         """Write the step's metrics and trajectories."""
         metrics = rollout_metrics(groups) | update_metrics
-        if "entropy/mean" in metrics:  # absent when every environment failed before the first turn
+        if "entropy/mean" in metrics:  # absent when every environment failed
             self.state.entropy_by_step.append(metrics["entropy/mean"])
         metrics["entropy/oscillation"] = entropy_oscillation(self.state.entropy_by_step)
         tokens = sum(t.num_tokens for group in groups for t in group.trajectories)
