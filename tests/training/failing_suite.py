@@ -28,6 +28,9 @@ class FailingEnv(TextEnv):
             os.kill(os.getpid(), signal.SIGKILL)
         return self.inner.step(action)
 
+    def demonstration(self, task: Task) -> list[str]:
+        return self.inner.demonstration(task)
+
 
 class FailingSuite(TaskSuite):
     """Kills its worker at the `at`-th step of an episode, `kills` times in all."""

@@ -1,0 +1,174 @@
+"""What a user types, and what comes back."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from epo.config import load_config, recipe_names
+from epo.environments import make_suite
+
+Epo = Callable[..., Any]
+
+
+def one_line_error(result: Any) -> str:
+    """The single line a user mistake ends with."""
+    assert result.code == 2, result
+    assert result.out == "" and "Traceback" not in result.err
+    last = result.err.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert result.err.count("error: ") == 1
+    return last
+
+
+# ---------------------------------------------------------------- train, eval, imitate
+
+
+def test_train_then_eval(epo: Epo):
+    trained = epo("train", "minute.yaml", "--json")
+    assert trained.code == 0, trained.err
+    summary = json.loads(trained.out)  # nothing but JSON on stdout
+    assert summary["finished"] and summary["steps"] == 2 and summary["run"] == "runs/minute"
+    assert "step   2/2" in trained.err and "iid: success" in trained.err
+
+    again = epo("eval", "runs/minute", "--json")
+    assert again.code == 0, again.err
+    panel = json.loads(again.out)["iid"]
+    final = summary["eval"]["iid"]["final"]
+    assert {key: panel[key] for key in final} == final  # the same panel, the same numbers
+
+    shown = epo("eval", "runs/minute", "--split", "ood", "--episodes", "3", "--temperature", "0")
+    assert shown.code == 0 and "ood" in shown.out and "iid" not in shown.out and "95 % interval" in shown.out
+
+    folder = "runs/minute/checkpoints/step_000002/policy"
+    as_model = epo("eval", folder, "--recipe", "minute.yaml", "--json")
+    assert json.loads(as_model.out)["iid"] == panel
+    assert "--recipe" in one_line_error(epo("eval", folder))
+    assert "not a run folder" in one_line_error(epo("eval", "nowhere"))
+
+
+def test_train_prints_a_summary(epo: Epo):
+    trained = epo("train", "minute.yaml", "--name", "shown")
+    assert trained.code == 0, trained.err
+    for expected in ("2 steps, finished", "iid", "report: runs/shown/report.html"):
+        assert expected in trained.out
+    assert Path("runs/shown/report.html").is_file()
+
+
+def test_imitate(epo: Epo):
+    found = epo("imitate", "minute.yaml", "--json")
+    assert found.code == 0, found.err
+    content = json.loads(found.out)
+    assert (Path(content["model"]) / "model.safetensors").is_file()
+    assert content["eval"]["iid"]["episodes"] == 4
+    shown = epo("imitate", "minute.yaml")
+    assert content["model"] in shown.out and f"{content['eval']['iid']['success']:.3f}" in shown.out
+    assert "imitation.demonstrations=200" in one_line_error(
+        epo("imitate", "minute.yaml", "imitation.demonstrations=0", f"model.path={content['model']}")
+    )
+
+
+@pytest.mark.parametrize("command", ["train", "imitate"])
+def test_dry_run_prints_what_would_run(command: str, epo: Epo):
+    expected = load_config("minute.yaml", ["seed=7"]).model_dump(mode="json")
+    shown = epo(command, "minute.yaml", "seed=7", "--dry-run")
+    assert shown.code == 0 and yaml.safe_load(shown.out) == expected
+    assert json.loads(epo(command, "minute.yaml", "seed=7", "--dry-run", "--json").out) == expected
+    assert not Path("runs").exists()
+
+
+# ---------------------------------------------------------------- recipes, envs, doctor, play
+
+
+def test_every_shipped_recipe_is_valid(epo: Epo):
+    names = epo("recipes").out.split()
+    assert names == recipe_names() == json.loads(epo("recipes", "--json").out)
+    for name in names:
+        assert epo("train", name, "--dry-run").code == 0
+
+
+def test_envs(epo: Epo, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("ALFWORLD_DATA", raising=False)
+    suites = {entry["name"]: entry for entry in json.loads(epo("envs", "--json").out)}
+    assert {"corridor", "scienceworld", "alfworld", "household"} <= set(suites)
+    assert suites["corridor"]["ready"] and suites["corridor"]["problem"] is None
+    assert not suites["alfworld"]["ready"] and "ALFWORLD_DATA" in suites["alfworld"]["problem"]
+    assert "corridor" in epo("envs").out
+    described = json.loads(epo("envs", "corridor", "--json").out)
+    suite = make_suite("corridor")
+    assert described["splits"] == {
+        split: {"tasks": len(suite.tasks(split)), "goals": len({t.goal for t in suite.tasks(split)})}
+        for split in suite.splits
+    }
+    shown = epo("envs", "corridor")
+    assert "length: doors" in shown.out and "train" in shown.out
+    assert "did you mean 'corridor'" in one_line_error(epo("envs", "coridor"))
+
+
+def test_doctor(epo: Epo, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ALFWORLD_DATA", "/nowhere")
+    found = epo("doctor", "--json")
+    assert found.code == 0
+    checks = {check["name"]: check for check in json.loads(found.out)}
+    assert checks["torch"]["ok"] and checks["torch"]["required"]
+    assert not checks["ALFWORLD_DATA"]["ok"] and "/nowhere" in checks["ALFWORLD_DATA"]["found"]
+    shown = epo("doctor").out
+    assert "missing" in shown and "alfworld-download" in shown
+    assert "install Python" not in shown  # what is there needs no mending
+
+
+def doors(text: str) -> list[str]:
+    words = {"red": "push", "blue": "pull"}
+    return [words[colour] for colour in text.split("-")]
+
+
+def test_play(epo: Epo, monkeypatch: pytest.MonkeyPatch):
+    task = make_suite("corridor", {"length": 3, "choices": 2, "tasks": 4}).tasks("ood")[0]
+    actions = doors(task.id.rpartition("/")[2])
+    arguments = ("play", "corridor", "length=3", "choices=2", "tasks=4", "--split", "ood", "--task", task.id)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(actions) + "\n"))
+    won = epo(*arguments)
+    assert won.code == 0, won.err
+    assert "push red doors" in won.out and f"success after {len(actions)} turns, score 1.00" in won.out
+    monkeypatch.setattr(sys, "stdin", io.StringIO("dance\n"))
+    left = epo(*arguments)
+    assert left.code == 0 and "Nothing happens" in left.out and "left after 1 turns" in left.out
+    assert "no task 'x'" in one_line_error(epo("play", "corridor", "--task", "x"))
+    assert "no split 'test'" in one_line_error(epo("play", "corridor", "--split", "test"))
+
+
+# ---------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "imitate", "play", "envs", "doctor", "recipes"])
+def test_help_shows_examples_that_fit_a_terminal(command: str, epo: Epo, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = epo(command, "--help")
+    assert shown.code == 0
+    _, title, examples = shown.out.partition("Example")
+    assert title
+    lines = [line.strip() for line in examples.splitlines()[1:] if line.strip()]
+    assert lines and all(line.startswith("epo ") for line in lines)  # none is broken over two lines
+    assert any(line.startswith(f"epo {command}") for line in lines)
+    for line in lines:
+        words = line.split()
+        if words[1] == "train" and not words[2].endswith(".yaml"):
+            assert words[2] in recipe_names()
+        if "--recipe" in words:
+            assert words[words.index("--recipe") + 1] in recipe_names()
+
+
+def test_help_of_the_program(epo: Epo):
+    shown = epo("--help")
+    assert shown.code == 0
+    for command in ("train", "eval", "imitate", "play", "envs", "doctor", "recipes"):
+        assert command in shown.out
+    assert epo("trian").code == 2
+    assert epo("train").code == 2
