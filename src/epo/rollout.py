@@ -126,8 +126,9 @@ class RolloutCollector:
                     live[slot] = self._begin(slot, *waiting.popleft())
             for slot in self._receive(live):
                 finish(slot)
-            for slot, completion in self._respond(live, temperature=temperature):
-                self._act(slot, live[slot], completion)
+            if live:
+                for slot, completion in self._respond(live, temperature=temperature):
+                    self._act(slot, live[slot], completion)
         return [finished[number] for number in range(len(specs))]
 
     def _begin(self, slot: int, number: int, spec: EpisodeSpec) -> _Episode:

@@ -37,9 +37,9 @@ def lines_of(file: Path) -> list[dict[str, Any]]:
 
 def test_imitation_learns_the_corridor(minute_config: MakeConfig):
     config = minute_config(
-        "environment.options={length: 6, choices: 2, tasks: 24}", "environment.max_turns=7", "model.max_context=512", "model.max_context=512",
+        "environment.options={length: 6, choices: 2, tasks: 24}", "environment.max_turns=7",
         "imitation={demonstrations: 24, batches: 250, batch_size: 8, learning_rate: 0.004}",
-        "model.tiny.hidden_size=64", "evaluation.episodes=24", "evaluation.temperature=0",
+        "model.max_context=512", "model.tiny.hidden_size=64", "evaluation.episodes=24", "evaluation.temperature=0",
     )  # fmt: skip
     folder, results = imitate_and_evaluate(config, QuietObserver())
     (iid,) = results
