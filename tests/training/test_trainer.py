@@ -75,18 +75,18 @@ def test_demonstrations_are_what_the_agent_would_have_lived(minute_config: MakeC
 
 
 def test_reinforcement_learning_raises_success(minute_config: MakeConfig, tmp_path: Path):
-    """From a warm start that solves half of its panel to nearly all of it, with PPO and EPO."""
+    """From a policy made weak by its temperature, not by its warm start: little depends on how well that one went."""
     config = minute_config(
-        "steps=12", "imitation.batches=130", "imitation.learning_rate=0.003", "environment.workers=4",
-        "rollout.tasks_per_step=64", "optimizer.learning_rate=0.0015", "optimizer.minibatches=4", "entropy.method=epo",
-        "evaluation.every=0", "evaluation.episodes=32", "evaluation.temperature=1", "checkpoint.every=100",
+        "steps=14", "imitation.batches=120", "imitation.learning_rate=0.003", "model.tiny.hidden_size=64",
+        "environment.workers=4", "rollout.tasks_per_step=48", "optimizer.minibatches=4", "entropy.method=epo",
+        "rollout.temperature=1.6", "evaluation.temperature=1.6", "evaluation.every=0", "evaluation.episodes=32",
+        "checkpoint.every=100",
     )  # fmt: skip
     summary = train_run(config, tmp_path / "run", QuietObserver(), resume=False)
     panel = summary["eval"]["iid"]
-    assert 0.2 <= panel["initial"]["success"] <= 0.7
     assert panel["final"]["success"] >= panel["initial"]["success"] + 0.25
     rates = [line["success/train"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")]
-    assert sum(rates[-4:]) / 4 > sum(rates[:4]) / 4 + 0.1
+    assert sum(rates[-4:]) / 4 > sum(rates[:3]) / 3 + 0.2
 
 
 # ---------------------------------------------------------------- faults
