@@ -12,7 +12,7 @@ from epo.tasks import panel
 from epo.training.checkpoint import checkpoints, read_state
 from epo.training.policy import Policy, load_policy
 from epo.training.run_folder import RunFolder
-from epo.training.session import open_pool, prepare_suite, quiet_libraries, starting_policy
+from epo.training.session import open_pool, prepare_suite, quiet_libraries, starting_policy, use_threads
 from epo.training.trainer import Observer, make_collector
 
 
@@ -39,12 +39,14 @@ def evaluate_target(
     else:
         config, folder = load_config(recipe), target
     config = apply_overrides(config, overrides)
+    use_threads(config.model)
     return _play_panels(config, load_policy(folder, config.model), observer)
 
 
 def imitate_and_evaluate(config: Config, observer: Observer) -> tuple[Path, list[PanelResult]]:
     """Make (or find) the warm start of `config` and play its panels; returns the model directory and the results."""
     quiet_libraries()
+    use_threads(config.model)
     suite = prepare_suite(config)
     with open_pool(config) as pool:
         policy = starting_policy(config, suite, pool, observer)

@@ -9,6 +9,7 @@ import platform
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from epo.config import Config
+from epo.config import Config, ModelConfig
 from epo.environments.base import TaskSuite
 from epo.environments.pool import EnvPool
 from epo.environments.registry import make_suite
@@ -89,7 +90,9 @@ def train_run(config: Config, path: Path, observer: Observer, *, resume: bool) -
     (or SIGTERM) ends the run after the current step with a checkpoint, the second one at once. A run that fails before
     it has anything to show leaves no folder.
     """
+    start_time = time.perf_counter()
     quiet_libraries()
+    use_threads(config.model)
     suite = prepare_suite(config)
     if resume:
         run, checkpoint = _reopen(path, config)
@@ -105,6 +108,7 @@ def train_run(config: Config, path: Path, observer: Observer, *, resume: bool) -
         if resume:
             run.rewind(trainer.state.step, evaluations=trainer.state.evaluations)
             observer.note(f"resuming {str(path)!r} after step {trainer.state.step}")
+        trainer.state.wall_seconds += time.perf_counter() - start_time
         with _stop_after_step(trainer, observer), _tensorboard(run, trainer, observer):
             finished = trainer.train()
     return _finish(run, config, trainer, finished=finished)
@@ -126,6 +130,14 @@ def provenance(suite: TaskSuite) -> dict[str, Any]:
         "machine": {"system": platform.platform(), "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()},
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
+
+
+def use_threads(config: ModelConfig) -> None:
+    """Set the CPU threads of this process's tensor computations, for good."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    elif config.path == "tiny":
+        torch.set_num_threads(1)
 
 
 def quiet_libraries() -> None:

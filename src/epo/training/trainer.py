@@ -69,7 +69,7 @@ class TrainerState:
     entropy_by_step: list[float] = field(default_factory=list[float])
     evaluations: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     wall_seconds: float = 0.0
-    """Training and evaluation time over all sessions of the run."""
+    """Time of warm start, training and evaluation over all sessions of the run."""
 
 
 class Trainer:
