@@ -2,8 +2,8 @@
 
     python benchmarks/cost.py            # a few minutes on two cores; writes benchmarks/results/cost.json
 
-Everything is compared side by side in this one process: methods take turns on the same trajectories, and the figures are
-ratios of medians of CPU time, which other programs on the machine disturb least.
+Everything is compared side by side in this one process: methods take turns on the same trajectories, and the figures
+are ratios of medians of CPU time, which other programs on the machine disturb least.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,12 @@ METHODS = ("none", "bonus", "epo")
 def configuration(context: str, *, turns: int, method: str, algorithm: str) -> Config:
     return parse_config(
         {
-            "environment": {"suite": "corridor", "options": {"length": 60, "choices": 8}, "max_turns": turns, "workers": 8},
+            "environment": {
+                "suite": "corridor",
+                "options": {"length": 60, "choices": 8},
+                "max_turns": turns,
+                "workers": 8,
+            },
             "agent": {"context": context, "format": "action", "prompt": "brief", "max_response_tokens": 8},
             "model": {"max_context": 4096, "tiny": {"hidden_size": 128, "layers": 2, "intermediate_size": 384}},
             "rollout": {"tasks_per_step": 4, "group_size": 8},
@@ -70,9 +76,7 @@ def collect(config: Config, policy: Policy, pool: EnvPool) -> tuple[list[Traject
     start = time.process_time()
     played = collector.collect(specs, temperature=1.0)
     seconds = time.process_time() - start
-    groups = [
-        TrajectoryGroup(task=t, trajectories=played[p * size : (p + 1) * size]) for p, t in enumerate(tasks)
-    ]
+    groups = [TrajectoryGroup(task=t, trajectories=played[p * size : (p + 1) * size]) for p, t in enumerate(tasks)]
     return groups, sampler, seconds
 
 
@@ -94,7 +98,7 @@ def overhead(pool: EnvPool, *, algorithm: str, rounds: int) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {method: [] for method in METHODS}
     for number in range(rounds + 2):
         for method, learner in learners.items():
-            spent = cpu_seconds(lambda learner=learner, number=number: learner.update(groups, step=number))
+            spent = cpu_seconds(partial(learner.update, groups, step=number))
             if number >= 2:  # the first rounds warm caches and give EPO its history
                 seconds[method].append(spent)
     medians = {method: statistics.median(values) for method, values in seconds.items()}
@@ -120,7 +124,7 @@ def growth(pool: EnvPool, *, repeats: int) -> list[dict[str, Any]]:
             for number in range(repeats):
                 groups, sampler, spent = collect(config, policy, pool)
                 rollout.append(spent)
-                update.append(cpu_seconds(lambda groups=groups, number=number: learner.update(groups, step=number)))
+                update.append(cpu_seconds(partial(learner.update, groups, step=number)))
             trajectories = [t for g in groups for t in g.survivors]
             batch, count = pack(trajectories), len(trajectories)
             table.append(

@@ -1,4 +1,4 @@
-"""ScienceWorld in the pool: a JVM that is killed or stopped in the middle of an episode costs a restart and nothing else."""
+"""ScienceWorld in the pool: a JVM that is killed or stopped in an episode costs a restart and nothing else."""
 
 from __future__ import annotations
 

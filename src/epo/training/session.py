@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
+from epo.agent.prompts import Prompt
 from epo.config import Config, ModelConfig
 from epo.environments.base import TaskSuite
 from epo.environments.pool import EnvPool
@@ -50,6 +51,8 @@ def prepare_suite(config: Config) -> TaskSuite:
                 f"evaluation.splits names {split!r}, which suite {suite.name!r} does not have: choose from "
                 + ", ".join(suite.splits)
             )
+    # A template that cannot be read is found out before minutes of demonstrations.
+    Prompt(config.agent.prompt, think=config.agent.format == "think_action", transcript=True)
     suite.prepare()
     return suite
 
