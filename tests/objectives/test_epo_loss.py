@@ -199,7 +199,7 @@ def test_loss_and_metrics_equal_a_brute_force_count(seed: int, penalty: str, his
         level = (0.9 + 0.75 + 1.3) / 3
 
     beta = 1 + math.exp(-3 * STEP / 20)
-    below = above = smoothing = bonus = 0.0
+    below = above = smoothing = bonus = gradient_share = 0.0
     slopes = []
     for h, turn, w in zip(
         entropy.tolist(), turn_ids.tolist(), brute_force_weights(trajectory_ids, turn_ids), strict=True
@@ -217,6 +217,7 @@ def test_loss_and_metrics_equal_a_brute_force_count(seed: int, penalty: str, his
         }[penalty]
         smoothing += w * ALPHA * value
         slopes.append(-COEFFICIENT * w * (1 - ALPHA * beta * slope))
+        gradient_share += w * abs(ALPHA * beta * slope)
 
     entropy.requires_grad_()
     weights = trajectory_weights(trajectory_ids, turn_ids, dtype=torch.float64)
@@ -232,6 +233,7 @@ def test_loss_and_metrics_equal_a_brute_force_count(seed: int, penalty: str, his
             "epo/smoothing": smoothing,
             "epo/beta": beta,
             "epo/effective_weight": -sum(slopes),
+            "epo/gradient_share": gradient_share,
         },
         rel=1e-9,
         abs=1e-12,

@@ -135,13 +135,15 @@ def corridor_term(
     Returns:
         The term, with metrics that add up over the parts of a mini-batch: `entropy/below`, `entropy/above` (weighted
         share of tokens outside), `entropy/reference` (only with history), `epo/smoothing` (L^smooth), `epo/beta`,
-        `epo/effective_weight` (mean weight of the entropy in the gradient; lambda when nothing is outside).
+        `epo/effective_weight` (mean weight of the entropy in the gradient; lambda when nothing is outside),
+        `epo/gradient_share` (the smoothing's gradient by the entropies over the bonus's, in L1 norm).
     """
     weights_N = weights_N.detach()
     distances = corridor(entropy_N, reference_N, kappa_low=kappa_low, kappa_high=kappa_high)
     bonus = (weights_N * entropy_N).sum()
     smoothing = alpha * (weights_N * penalty_of(distances, penalty)).sum()
-    effective_N = 1.0 - alpha * beta * penalty_slope(distances, penalty)
+    smoothing_slope_N = alpha * beta * penalty_slope(distances, penalty)
+    effective_N = 1.0 - smoothing_slope_N
     share = float(weights_N.sum())
     metrics = {
         "entropy/below": float(weights_N[distances.below_N > 0].sum()),
@@ -149,6 +151,7 @@ def corridor_term(
         "epo/smoothing": float(smoothing.detach()),
         "epo/beta": beta * share,
         "epo/effective_weight": coefficient * float((weights_N * effective_N).sum()),
+        "epo/gradient_share": float((weights_N * smoothing_slope_N.abs()).sum()),
     }
     if level is not None:
         metrics["entropy/reference"] = level * share
