@@ -81,8 +81,8 @@ class ModelConfig(Section):
     """Tokens of prompt and response together; the longest sequence that is sampled or trained."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, ge=1)
-    """CPU threads of the model's computations. By default one for the `tiny` model, whose products are too small to
-    share (the other cores play the environments), and all cores for any other."""
+    """CPU threads of the model's computations; all cores by default. One is better where other programs keep the cores
+    busy."""
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 

@@ -139,8 +139,6 @@ def use_threads(config: ModelConfig) -> None:
     """Set the CPU threads of this process's tensor computations, for good."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    elif config.path == "tiny":
-        torch.set_num_threads(1)
 
 
 def quiet_libraries() -> None:
