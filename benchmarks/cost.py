@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
-from epo.config import Config, parse_config
+from epo.config import Config
 from epo.environments.pool import EnvPool
 from epo.environments.registry import make_suite
 from epo.objectives import make_control
 from epo.packing import pack
+from epo.recipe import parse_config
 from epo.rollout import EpisodeSpec, RolloutCollector
 from epo.sampling.local import LocalSampler
 from epo.training.learner import Learner

@@ -10,8 +10,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from epo.config import Config, apply_overrides, load_config, parse_config, recipe_names
+from epo.config import Config
 from epo.errors import UserError
+from epo.recipe import apply_overrides, load_config, parse_config, recipe_names
 
 
 def refusal(recipe: str, *overrides: str) -> str:

@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from epo.config import Config, load_config, recipe_names
+from epo.config import Config
 from epo.errors import UserError
+from epo.recipe import load_config, recipe_names
 
 if TYPE_CHECKING:
     from epo.evaluation.panels import PanelResult

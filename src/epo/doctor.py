@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from epo.config import cache_dir
 from epo.environments._jvm import find_java
+from epo.files import cache_dir
 
 MIN_MEMORY_GB = 4.0
 MIN_DISK_GB = 2.0

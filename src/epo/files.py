@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and where prepared ones are kept."""
 
 from __future__ import annotations
 
@@ -55,3 +55,9 @@ def _draft(path: Path) -> Path:
     """A free hidden name beside `path`. Not from `tempfile`, whose files nobody else may read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+
+
+def cache_dir() -> Path:
+    """Where prepared things live between runs: `$EPO_CACHE`, else `~/.cache/epo`."""
+    root = os.environ.get("EPO_CACHE")
+    return Path(root) if root else Path.home() / ".cache" / "epo"

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from epo.config import load_config, recipe_names
 from epo.environments import make_suite
+from epo.recipe import load_config, recipe_names
 
 Epo = Callable[..., Any]
 

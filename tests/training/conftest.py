@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from epo.config import Config, load_config
+from epo.config import Config
 from epo.environments import register_suite
+from epo.recipe import load_config
 from epo.training.policy import Policy
 
 register_suite("failing", "failing_suite:FailingSuite")

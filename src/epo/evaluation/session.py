@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from epo.config import Config, apply_overrides, load_config
+from epo.config import Config
 from epo.errors import UserError
 from epo.evaluation.panels import PanelResult, evaluate
+from epo.recipe import apply_overrides, load_config
 from epo.tasks import panel
 from epo.training.checkpoint import checkpoints, read_state
 from epo.training.policy import Policy, load_policy

@@ -13,11 +13,11 @@ import numpy as np
 
 from epo.agent.chat import ChatFormat
 from epo.agent.parsing import render_response
-from epo.config import AgentConfig, Config, cache_dir
+from epo.config import AgentConfig, Config
 from epo.environments.base import TaskSuite
 from epo.environments.pool import EnvPool, Transition
 from epo.errors import EnvironmentFailure, UserError
-from epo.files import write_atomically
+from epo.files import cache_dir, write_atomically
 from epo.rollout import ContextFactory
 from epo.tasks import balanced_order
 from epo.types import Observation, StopReason, Task, Trajectory, Turn

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from epo.config import Config, cache_dir
-from epo.files import new_folder
+from epo.config import Config
+from epo.files import cache_dir, new_folder
 from epo.objectives import token_logprobs_and_entropy
 from epo.packing import pack
 from epo.training.batch import micro_batches

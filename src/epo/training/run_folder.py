@@ -18,9 +18,10 @@ from typing import Any
 
 import yaml
 
-from epo.config import Config, parse_config
+from epo.config import Config
 from epo.errors import UserError
 from epo.files import write_atomically
+from epo.recipe import parse_config
 from epo.types import Trajectory, TrajectoryGroup
 
 

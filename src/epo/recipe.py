@@ -1,0 +1,190 @@
+"""From a recipe's YAML to a checked configuration.
+
+A recipe may name a parent with `extends:`; dotted overrides (`optimizer.learning_rate=1e-4`) come last. Unknown keys
+are errors that offer the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from epo.config import Config, EnvironmentConfig
+from epo.errors import UserError
+
+# Besides its own errors PyYAML lets those of Python's constructors through: 2024-13-45 is a ValueError.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package, folders as prefixes. `_name` files are parts of recipes."""
+    root = Path(str(resources.files("epo") / "recipes"))
+    files = [path for path in root.rglob("*.yaml") if not path.name.startswith("_")]
+    # Not with_suffix: model names in recipe names have dots.
+    return sorted(path.relative_to(root).as_posix().removesuffix(".yaml") for path in files)
+
+
+def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a recipe by name or path, apply `key=value` overrides, and check everything.
+
+    Raises:
+        UserError: unknown recipe or key (the nearest name is offered), bad value, unreadable file.
+    """
+    tree = _read(recipe, seen=())
+    tree.setdefault("name", Path(recipe).name.removesuffix(".yaml"))
+    return parse_config(_override(tree, overrides))
+
+
+def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """`config` with `key=value` overrides applied, checked again.
+
+    Raises:
+        UserError: unknown key or bad value.
+    """
+    return parse_config(_override(config.model_dump(mode="json"), overrides))
+
+
+def parse_config(tree: Mapping[str, Any]) -> Config:
+    """Check a plain tree of values.
+
+    Raises:
+        UserError: names the first bad field, its value, and what is allowed.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error)) from None
+
+
+def _read(recipe: str, *, seen: tuple[Path, ...]) -> dict[str, Any]:
+    path = _locate(recipe)
+    if path in seen:
+        raise UserError(f"recipe {recipe!r} extends itself: " + " -> ".join(p.name for p in (*seen, path)))
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, *_YAML_ERRORS) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"recipe {str(path)!r} cannot be read as YAML: {reason}") from None
+    if loaded is None:
+        loaded = {}
+    if not isinstance(loaded, dict):
+        raise UserError(f"recipe {str(path)!r} must be a mapping of sections, not a {type(loaded).__name__}")
+    tree = cast("dict[str, Any]", loaded)
+    parent = tree.pop("extends", None)
+    if parent is None:
+        return tree
+    beside = [str(path.parent / f"{parent}{suffix}") for suffix in (".yaml", "")]
+    base = _read(next((p for p in beside if _is_recipe_file(p)), str(parent)), seen=(*seen, path))
+    base.pop("name", None)
+    return _merge(base, tree)
+
+
+def _locate(recipe: str) -> Path:
+    if _is_recipe_file(recipe):
+        return Path(recipe).resolve()
+    if recipe in recipe_names():
+        return Path(str(resources.files("epo") / "recipes" / f"{recipe}.yaml"))
+    raise UserError(
+        f"unknown recipe {recipe!r}{_nearest(recipe, recipe_names())}. Recipes: {', '.join(recipe_names())}; "
+        "or give the path of a .yaml file"
+    )
+
+
+def _is_recipe_file(name: str) -> bool:
+    # Not Path.is_file, which raises when a name is too long for the file system.
+    return name.endswith((".yaml", ".yml")) and os.path.isfile(name)
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            if key == "environment" and "suite" in value:
+                _leave_suite(base[key], value["suite"])
+            _merge(base[key], cast("dict[str, Any]", value))
+        else:
+            base[key] = value
+    return base
+
+
+def _leave_suite(environment: dict[str, Any], suite: Any) -> None:
+    """`environment.options` belong to one suite: a new suite starts from no options."""
+    if suite != environment.get("suite", EnvironmentConfig.model_fields["suite"].default):
+        environment.pop("options", None)
+
+
+def _override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    # The suite first: options on the same command line are meant for it, in whatever order they are given.
+    for override in sorted(overrides, key=lambda text: not text.startswith("environment.suite=")):
+        _apply(tree, override)
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override {override!r} is not of the form key=value, for example optimizer.learning_rate=1e-4")
+    try:
+        value = yaml.safe_load(text)
+    except _YAML_ERRORS:
+        raise UserError(f"override {override!r}: the value {text!r} is not valid YAML; quote it") from None
+    node = tree
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"override {override!r}: {parent!r} is a value, not a section")
+        node = cast("dict[str, Any]", child)
+    if key == "environment.suite":
+        _leave_suite(node, value)
+    node[leaf] = value
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        fields = _fields_at(first["loc"][:-1])
+        name = str(first["loc"][-1])
+        everywhere = [f for f in _all_fields(Config) if f.split(".")[-1] == name]
+        hint = _nearest(name, fields) or (f" (did you mean {everywhere[0]!r}?)" if everywhere else "")
+        return f"unknown key {where!r}{hint}. Valid here: {', '.join(fields)}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "model_type":
+        message = "a section of keys and values goes here"
+    if first["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where}={_shorten(repr(first['input']))} is not allowed: {message[0].lower()}{message[1:]}"
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = Config
+    for part in location:
+        annotation = model.model_fields[str(part)].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        model = annotation
+    return list(model.model_fields)
+
+
+def _all_fields(model: type[BaseModel], prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for name, info in model.model_fields.items():
+        names.append(prefix + name)
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            names += _all_fields(info.annotation, f"{prefix}{name}.")
+    return names
+
+
+def _nearest(name: str, options: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
