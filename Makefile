@@ -1,4 +1,4 @@
-# make train   set everything up and train an agent (about ten minutes on two cores)
+# make train   set everything up and train an agent
 # make test    set everything up and run the tests
 # make lint    ruff and pyright
 # make docs    write the generated pages of docs/
@@ -31,7 +31,7 @@ alfworld: $(VENV)/.train
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "the venv module is missing: apt install python3-venv"; exit 2; }
 
 $(VENV)/.train: $(BIN)/python pyproject.toml constraints.txt
 	@echo "installing into $(VENV) ..."

@@ -121,7 +121,7 @@ class AlgorithmConfig(Section):
     """GRPO: divide by the standard deviation of the group."""
     whiten: bool = True
     """PPO: normalise advantages to mean 0 and variance 1 over the tokens of the step."""
-    clip_low: float = Field(default=0.2, ge=0)
+    clip_low: float = Field(default=0.2, ge=0, le=1)
     clip_high: float = Field(default=0.2, ge=0)
     dual_clip: float | None = Field(default=3.0, gt=1)
     aggregate: Literal["token", "trajectory"] = "token"
@@ -188,7 +188,7 @@ class EvaluationConfig(Section):
     """RL steps between evaluations; 0 evaluates before and after training only."""
     splits: list[str] = ["iid", "ood"]
     episodes: int = Field(default=128, ge=1)
-    """Episodes of the fixed panel of each split at the first and the last evaluation."""
+    """Episodes of the fixed panel of each split at the first and the last evaluation, at most all tasks of the split."""
     interim_episodes: int | None = Field(default=None, ge=1)
     """Episodes at evaluations in between, the first ones of the same panel; all by default."""
     temperature: float = Field(default=0.4, ge=0)
@@ -203,9 +203,10 @@ class CheckpointConfig(Section):
 
 
 class Config(Section):
-    name: str = "run"
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
     """Name of the recipe; the default name of the run folder."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """All randomness of the run follows from it."""
     steps: int = Field(default=100, ge=0)
     """RL steps in all; the schedules of EPO and of the learning rate span them."""
     environment: EnvironmentConfig = EnvironmentConfig()
@@ -221,6 +222,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
+        if self.optimizer.minibatches > self.rollout.tasks_per_step:
+            raise ValueError(
+                f"optimizer.minibatches {self.optimizer.minibatches} cannot be dealt whole task groups from "
+                f"rollout.tasks_per_step {self.rollout.tasks_per_step}: lower the first or raise the second"
+            )
+        if len(set(self.evaluation.splits)) < len(self.evaluation.splits):
+            raise ValueError(f"evaluation.splits names a split twice: {', '.join(self.evaluation.splits)}")
         if self.algorithm.name == "grpo" and self.rollout.group_size < 2:
             raise ValueError("algorithm.name=grpo compares episodes of one task: set rollout.group_size to 2 or more")
         if self.model.path == "tiny" and self.imitation.demonstrations == 0:

@@ -42,12 +42,12 @@ def examine() -> list[Check]:
         _cores(),
         _memory(),
         _disk(),
-        _package("scienceworld", "suite scienceworld", "pip install 'epo-agents[scienceworld]'"),
+        _package("scienceworld", "suite scienceworld", "pip install -e '.[scienceworld]'"),
         _java(),
         _package("alfworld", "suites household and alfworld", "make alfworld"),
         _alfworld_data(),
-        _package("matplotlib", "plots and reports", "pip install 'epo-agents[report]'"),
-        _package("tensorboard", "TensorBoard logs", "pip install 'epo-agents[report]'"),
+        _package("matplotlib", "plots and reports", "pip install -e '.[report]'"),
+        _package("tensorboard", "TensorBoard logs", "pip install -e '.[report]'"),
     ]
 
 

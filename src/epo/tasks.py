@@ -54,9 +54,10 @@ class Curriculum:
 def panel(tasks: Sequence[Task], *, episodes: int, split: str) -> list[Task]:
     """The fixed list of evaluation tasks of a split, the same in every run whatever its seed.
 
-    Task types take turns. Where the split has fewer tasks than `episodes`, tasks come again.
+    Task types take turns. No task comes twice, so that episodes are independent: a split with fewer tasks than
+    `episodes` is played whole.
     """
     if not tasks:
         raise UserError(f"the split {split!r} has no tasks: remove it from evaluation.splits")
     order = balanced_order(tasks, seed=0, balance="goal")
-    return [order[i % len(order)] for i in range(episodes)]
+    return order[:episodes]

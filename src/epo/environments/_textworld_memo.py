@@ -38,7 +38,7 @@ def require_packages() -> None:
     if missing:
         raise UserError(
             f"Household tasks need the package{'s' * (len(missing) > 1)} {', '.join(missing)}, not installed here. "
-            "Run: pip install 'epo-agents[alfworld]'  (or, in a checkout and without spaCy: "
+            "Run: pip install -e '.[alfworld]'  (or, in a checkout and without spaCy: "
             "pip install --no-deps -r requirements/alfworld.txt)"
         )
 

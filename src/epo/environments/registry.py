@@ -81,7 +81,7 @@ def load_suite(name: str, target: str, options: Mapping[str, Any] | None = None)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        hint = f"pip install 'epo-agents[{_EXTRA[name]}]'" if name in _EXTRA else f"install what {target} needs"
+        hint = f"pip install -e '.[{_EXTRA[name]}]'" if name in _EXTRA else f"install what {target} needs"
         raise UserError(f"suite {name!r}: the Python package {error.name!r} is not installed; {hint}") from error
     suite_class = getattr(module, attribute, None)
     if not (isinstance(suite_class, type) and issubclass(suite_class, TaskSuite)):

@@ -306,7 +306,7 @@ def _simulator_jar() -> Path:
     """
     package = importlib.util.find_spec("scienceworld")
     if package is None or package.origin is None:
-        raise UserError("the scienceworld suite needs its simulator: pip install 'epo-agents[scienceworld]'")
+        raise UserError("the scienceworld suite needs its simulator: pip install -e '.[scienceworld]'")
     return Path(package.origin).parent / "scienceworld.jar"
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
+from epo.errors import UserError
 from epo.evaluation.statistics import wilson_interval
 from epo.rollout import EpisodeSpec, RolloutCollector
-from epo.types import Task, Trajectory
+from epo.seeds import PANEL_STREAM
+from epo.types import StopReason, Task, Trajectory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,9 +45,19 @@ def evaluate(
     temperature: float,
     on_done: Callable[[Trajectory], None] | None = None,
 ) -> PanelResult:
-    """Play `tasks` once each at `temperature` (0 is greedy)."""
-    specs = [EpisodeSpec(task=task, seed=(_PANEL_SEED, index)) for index, task in enumerate(tasks)]
-    return summarise(split, collector.collect(specs, temperature=temperature, on_done=on_done))
+    """Play `tasks` once each at `temperature` (0 is greedy).
+
+    Raises:
+        UserError: the context has no room for the first prompt of any of them.
+    """
+    specs = [EpisodeSpec(task=task, seed=(_PANEL_SEED, PANEL_STREAM, index)) for index, task in enumerate(tasks)]
+    trajectories = collector.collect(specs, temperature=temperature, on_done=on_done)
+    if all(t.stop_reason is StopReason.CONTEXT_OVERFLOW and not t.turns for t in trajectories):
+        raise UserError(
+            f"no first prompt of the split {split!r} fits into the context: model.max_context less "
+            f"agent.max_response_tokens leaves {collector.max_prompt} tokens for it; raise model.max_context"
+        )
+    return summarise(split, trajectories)
 
 
 _PANEL_SEED = 2509_22576  # the same for every run: panels compare policies, not draws

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from epo.config import Config
+from epo.environments.base import TaskSuite
+from epo.environments.pool import EnvPool
 from epo.errors import UserError
 from epo.evaluation.panels import PanelResult, evaluate
 from epo.recipe import apply_overrides, load_config
@@ -14,7 +16,7 @@ from epo.training.checkpoint import checkpoints, read_state
 from epo.training.policy import Policy, load_policy
 from epo.training.run_folder import RunFolder
 from epo.training.session import open_pool, prepare_suite, quiet_libraries, starting_policy, use_threads
-from epo.training.trainer import Observer, make_collector
+from epo.training.trainer import Observer, count_episodes, make_collector
 
 
 def evaluate_target(
@@ -41,7 +43,9 @@ def evaluate_target(
         config, folder = load_config(recipe), target
     config = apply_overrides(config, overrides)
     use_threads(config.model)
-    return _play_panels(config, load_policy(folder, config.model), observer)
+    policy, suite = load_policy(folder, config.model), prepare_suite(config)
+    with open_pool(config) as pool:
+        return _play_panels(config, suite, pool, policy, observer)
 
 
 def imitate_and_evaluate(config: Config, observer: Observer) -> tuple[Path, list[PanelResult]]:
@@ -51,25 +55,18 @@ def imitate_and_evaluate(config: Config, observer: Observer) -> tuple[Path, list
     suite = prepare_suite(config)
     with open_pool(config) as pool:
         policy = starting_policy(config, suite, pool, observer)
-    return Path(policy.model.name_or_path), _play_panels(config, policy, observer)
+        return Path(policy.model.name_or_path), _play_panels(config, suite, pool, policy, observer)
 
 
-def _play_panels(config: Config, policy: Policy, observer: Observer) -> list[PanelResult]:
-    suite = prepare_suite(config)
+def _play_panels(
+    config: Config, suite: TaskSuite, pool: EnvPool, policy: Policy, observer: Observer
+) -> list[PanelResult]:
+    collector, temperature = make_collector(config, pool, policy), config.evaluation.temperature
     results: list[PanelResult] = []
-    with open_pool(config) as pool:
-        collector = make_collector(config, pool, policy)
-        for split in config.evaluation.splits:
-            tasks = panel(suite.tasks(split), episodes=config.evaluation.episodes, split=split)
-            observer.begin(f"evaluate {split}", len(tasks))
-            done = iter(range(1, len(tasks) + 1))
-            results.append(
-                evaluate(
-                    collector,
-                    tasks,
-                    split=split,
-                    temperature=config.evaluation.temperature,
-                    on_done=lambda _: observer.advance(next(done)),  # noqa: B023  (used up within this pass)
-                )
-            )
+    for split in config.evaluation.splits:
+        tasks = panel(suite.tasks(split), episodes=config.evaluation.episodes, split=split)
+        observer.begin(f"evaluate {split}", len(tasks))
+        results.append(
+            evaluate(collector, tasks, split=split, temperature=temperature, on_done=count_episodes(observer))
+        )
     return results

@@ -1,4 +1,4 @@
-"""One self-contained page per run: what was asked, what came out, the curves, the last steps' trajectories."""
+"""One self-contained page per run: what was asked, what came out, the curves, the last step in numbers."""
 
 from __future__ import annotations
 

@@ -218,7 +218,9 @@ class LocalSampler(Sampler):
         train_temperature: float,
     ) -> list[int]:
         policy = self._policy
-        logits_B_V = torch.nn.functional.linear(hidden_B_D, policy.head_weight_V_D, policy.head_bias_V).float()
+        # In fp32 whatever the model's precision is, as the learner's head computes it.
+        bias_V = None if policy.head_bias_V is None else policy.head_bias_V.float()
+        logits_B_V = torch.nn.functional.linear(hidden_B_D.float(), policy.head_weight_V_D.float(), bias_V)
         logprobs_B_V = torch.log_softmax(logits_B_V / train_temperature, dim=-1)
         entropy_B = -(logprobs_B_V.exp() * logprobs_B_V).sum(-1)
         if temperature == 0:

@@ -48,14 +48,19 @@ def collect_demonstrations(
         return _read(path)
     demonstrations: list[Demonstration] = []
     for task, played in zip(tasks, pool.demonstrate(tasks, on_done=on_done), strict=True):
-        if played is None:
+        if isinstance(played, EnvironmentFailure):
+            # A set that lacks what this machine happened to lose must not be kept, nor silently be another warm start.
             raise UserError(
-                f"suite {suite.name!r} has no expert to imitate: set imitation.demonstrations=0 and give model.path"
+                f"the expert episode of task {task.id!r} was lost ({played}): run it again, with a larger "
+                "environment.timeout_seconds or fewer environment.workers if the machine is busy"
             )
-        if not isinstance(played, EnvironmentFailure) and played and played[-1].step.success:
+        if played and played[-1].step.success:
             demonstrations.append(_demonstration(task, played))
     if not demonstrations:
-        raise UserError(f"none of {len(tasks)} expert episodes of suite {suite.name!r} succeeded: check `epo doctor`")
+        raise UserError(
+            f"suite {suite.name!r} has no expert to imitate that succeeds: set imitation.demonstrations=0 and give a "
+            "model directory as model.path"
+        )
     write_atomically(path, json.dumps([asdict(d) for d in demonstrations], ensure_ascii=False))
     return demonstrations
 

@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from epo.agent.prompts import prompt_source
 from epo.config import Config
+from epo.errors import UserError
 from epo.files import cache_dir, new_folder
 from epo.objectives import token_logprobs_and_entropy
 from epo.packing import pack
@@ -39,14 +41,21 @@ def warm_started_policy(
     Args:
         demonstrations: expert episodes; with `model.path=tiny` the tokenizer is trained on their text.
         on_batch: called with (batches done, loss in nats per token).
+
+    Raises:
+        UserError: a demonstration is longer than the context.
     """
     folder = cache_dir() / "imitation" / imitation_digest(config, demonstrations)
     if not folder.is_dir():
         policy = _fresh_policy(config, demonstrations)
         trajectories = [as_trajectory(d, policy.chat, config.agent) for d in demonstrations]
-        trajectories = [t for t in trajectories if _length(t) <= config.model.max_context]
-        if trajectories:
-            imitate(policy, trajectories, config, on_batch=on_batch)
+        longest = max(_length(t) for t in trajectories)
+        if longest > config.model.max_context:
+            raise UserError(
+                f"a demonstration has {longest} tokens, more than model.max_context={config.model.max_context} holds: "
+                f"raise model.max_context to {longest} or more"
+            )
+        imitate(policy, trajectories, config, on_batch=on_batch)
         with new_folder(folder) as draft:
             policy.save(draft)
     return load_policy(folder, config.model)
@@ -59,6 +68,8 @@ def imitation_digest(config: Config, demonstrations: Sequence[Demonstration]) ->
         "source": _fingerprint(config.model.path),
         "imitation": config.imitation.model_dump(mode="json"),
         "agent": config.agent.model_dump(mode="json"),
+        "prompt": prompt_source(config.agent.prompt),
+        "microbatch_tokens": config.optimizer.microbatch_tokens,
         "seed": config.seed,
         "demonstrations": [asdict(d) for d in demonstrations],
         "torch": torch.__version__,

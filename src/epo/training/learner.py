@@ -18,6 +18,7 @@ from epo.config import Config
 from epo.objectives import kl_penalty, token_logprobs_and_entropy, trajectory_weights, value_loss
 from epo.objectives.control import EntropyControl
 from epo.packing import pack
+from epo.seeds import SHUFFLE_STREAM
 from epo.training.batch import MicroBatch, TokenData, flatten, micro_batches
 from epo.training.credit import grpo_advantages, ppo_advantages
 from epo.training.policy import Critic, Policy
@@ -67,7 +68,7 @@ class Learner:
         data = self._prepare(survivors)
         rate = self._set_learning_rate(step)
         metrics: dict[str, float] = defaultdict(float)
-        shuffle = np.random.default_rng([self.config.seed, step, 1])
+        shuffle = np.random.default_rng([self.config.seed, SHUFFLE_STREAM, step])
         steps = 0
         for _ in range(self.config.optimizer.epochs):
             for trajectory_ids in _minibatches(survivors, self.config.optimizer.minibatches, shuffle):
@@ -196,7 +197,8 @@ class Learner:
         for name, value in entropy.metrics.items():
             metrics[name] += value
         with torch.no_grad():
-            kl_n = kl_penalty(logprobs_n, tokens.old_logprobs_N[index_n], kind="k3")
+            # The tokens were drawn from the old policy, so this estimates KL(old || new) without bias.
+            kl_n = kl_penalty(tokens.old_logprobs_N[index_n], logprobs_n, kind="k3")
             metrics["policy/kl"] += (weights_n * kl_n).sum().item()
             metrics["policy/clip_fraction"] += (weights_n * surrogate.is_clipped_N).sum().item()
             if on_policy:

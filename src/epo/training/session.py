@@ -178,7 +178,7 @@ def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list
 @contextmanager
 def _tensorboard(run: RunFolder, trainer: Trainer, observer: Observer) -> Iterator[None]:
     if importlib.util.find_spec("tensorboard") is None:
-        observer.note("no TensorBoard log: pip install 'epo-agents[report]' to have one")
+        observer.note("no TensorBoard log: pip install -e '.[report]' to have one")
         yield
         return
     log = TensorBoardLog(run.path / "tensorboard", purge_step=trainer.state.step + 1)

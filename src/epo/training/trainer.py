@@ -11,7 +11,7 @@ for k = 0 .. K-1:
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,18 +19,18 @@ from typing import Any, Protocol
 from epo.config import Config
 from epo.environments.base import TaskSuite
 from epo.environments.pool import EnvPool
-from epo.errors import UserError
 from epo.evaluation.panels import PanelResult, evaluate
 from epo.objectives import make_control
 from epo.reporting.metrics import entropy_oscillation, rollout_metrics
 from epo.rollout import EpisodeSpec, RolloutCollector
 from epo.sampling.local import LocalSampler
+from epo.seeds import TRAINING_STREAM
 from epo.tasks import Curriculum, panel
 from epo.training.checkpoint import load_checkpoint, save_checkpoint
 from epo.training.learner import Learner
 from epo.training.policy import Policy
 from epo.training.run_folder import RunFolder
-from epo.types import StopReason, Trajectory, TrajectoryGroup
+from epo.types import Trajectory, TrajectoryGroup
 
 
 class MetricsLog(Protocol):
@@ -139,12 +139,14 @@ class Trainer:
         rollout = self.config.rollout
         tasks = self.curriculum.step_tasks(step, count=rollout.tasks_per_step)
         specs = [
-            EpisodeSpec(task=task, seed=(self.config.seed, step, place, member))
+            EpisodeSpec(task=task, seed=(self.config.seed, TRAINING_STREAM, step, place, member))
             for place, task in enumerate(tasks)
             for member in range(rollout.group_size)
         ]
         self.observer.begin(f"step {step + 1}/{self.config.steps}", len(specs))
-        trajectories = self.collector.collect(specs, temperature=rollout.temperature, on_done=self._count())
+        trajectories = self.collector.collect(
+            specs, temperature=rollout.temperature, on_done=count_episodes(self.observer)
+        )
         size = rollout.group_size
         return [
             TrajectoryGroup(task=task, trajectories=trajectories[place * size : (place + 1) * size])
@@ -195,7 +197,7 @@ class Trainer:
                     tasks[:count],
                     split=split,
                     temperature=evaluation.temperature,
-                    on_done=self._count(),
+                    on_done=count_episodes(self.observer),
                 )
             )
         self.state.wall_seconds += time.perf_counter() - start
@@ -214,22 +216,16 @@ class Trainer:
             self.run.checkpoints, self.learner, step=self.state.step, state=state, keep=self.config.checkpoint.keep
         )
 
-    def _count(self) -> Any:
-        finished: list[Trajectory] = []
 
-        def on_done(trajectory: Trajectory) -> None:
-            if not trajectory.turns and trajectory.stop_reason is StopReason.CONTEXT_OVERFLOW and not finished:
-                config = self.config
-                raise UserError(
-                    f"the first prompt of task {trajectory.task.id!r} does not fit: model.max_context="
-                    f"{config.model.max_context} less agent.max_response_tokens={config.agent.max_response_tokens} "
-                    "is too small for it; raise model.max_context"
-                )
-            finished.append(trajectory)
-            successes = sum(t.success for t in finished)
-            self.observer.advance(len(finished), f"success {successes}/{len(finished)}")
+def count_episodes(observer: Observer) -> Callable[[Trajectory], None]:
+    """What tells `observer` of every finished episode of a stage."""
+    finished: list[Trajectory] = []
 
-        return on_done
+    def on_done(trajectory: Trajectory) -> None:
+        finished.append(trajectory)
+        observer.advance(len(finished), f"success {sum(t.success for t in finished)}/{len(finished)}")
+
+    return on_done
 
 
 def make_collector(config: Config, pool: EnvPool, policy: Policy) -> RolloutCollector:

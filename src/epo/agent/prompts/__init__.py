@@ -69,7 +69,12 @@ def prompt_names() -> list[str]:
     return sorted(f.name.removesuffix(".j2") for f in resources.files(__name__).iterdir() if f.name.endswith(".j2"))
 
 
-def _load(name: str) -> Template:
+def prompt_source(name: str) -> str:
+    """The text of a template, by shipped name or by path.
+
+    Raises:
+        UserError: there is no such template.
+    """
     shipped = resources.files(__name__) / f"{name}.j2"
     path = shipped if name in prompt_names() else Path(name)
     if not path.is_file():
@@ -77,9 +82,16 @@ def _load(name: str) -> Template:
             f"agent.prompt={name!r} is neither a shipped template ({', '.join(prompt_names())}) nor a file: "
             "give one of the names or the path of a Jinja file"
         )
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"agent.prompt={name!r} cannot be read: {error}") from None
+
+
+def _load(name: str) -> Template:
     # Sandboxed: a template file may come from somebody else.
     environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=False, autoescape=False)
     try:
-        return environment.from_string(path.read_text(encoding="utf-8"))
-    except (TemplateError, OSError, UnicodeDecodeError) as error:
+        return environment.from_string(prompt_source(name))
+    except TemplateError as error:
         raise UserError(f"agent.prompt={name!r} is not a valid Jinja template: {error}") from None
