@@ -98,14 +98,12 @@ def test_any_beginning_of_a_balanced_order_is_as_even_as_the_tasks_allow(sizes: 
 
 
 @given(sizes=goal_sizes, episodes=st.integers(1, 40))
-def test_panels_are_fixed_nested_and_use_every_task_before_any_again(sizes: dict[str, int], episodes: int) -> None:
+def test_panels_are_fixed_nested_and_never_repeat_a_task(sizes: dict[str, int], episodes: int) -> None:
     tasks = tasks_of(sizes)
     drawn = panel(tasks, episodes=episodes, split="iid")
-    assert len(drawn) == episodes
+    assert len(drawn) == min(episodes, len(tasks))
     assert drawn == panel(tasks, episodes=episodes + 5, split="iid")[:episodes]
-    counts = Counter({t.id: 0 for t in tasks})
-    counts.update(t.id for t in drawn)
-    assert max(counts.values()) - min(counts.values()) <= 1
+    assert len({t.id for t in drawn}) == len(drawn)
 
 
 def test_empty_splits_are_user_errors() -> None:

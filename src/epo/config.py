@@ -50,10 +50,14 @@ class TinyModelConfig(Section):
 
     vocabulary_size: int = Field(default=1024, ge=300, le=65536)
     """Upper bound on the entries of the byte-level BPE trained on the suite's text."""
-    hidden_size: int = Field(default=192, ge=16, multiple_of=2)
-    layers: int = Field(default=4, ge=1)
+    hidden_size: int = Field(default=128, ge=16, multiple_of=2)
+    """Width; a multiple of twice the heads."""
+    layers: int = Field(default=2, ge=1)
+    """Transformer blocks. With few demonstrations two learn to copy names sooner than four."""
     heads: int = Field(default=4, ge=1)
-    intermediate_size: int = Field(default=512, ge=16)
+    """Attention heads."""
+    intermediate_size: int = Field(default=384, ge=16)
+    """Width of the feed-forward layers."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
@@ -69,10 +73,12 @@ class ModelConfig(Section):
     max_context: int = Field(default=2048, ge=16)
     """Tokens of prompt and response together; the longest sequence that is sampled or trained."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model computes; `auto` takes a GPU if there is one."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of the model's computations; all cores by default. One is better where other programs keep the cores
     busy."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights. Training small learning rates in bfloat16 loses updates."""
 
 
 class ImitationConfig(Section):
@@ -81,9 +87,11 @@ class ImitationConfig(Section):
     demonstrations: int = Field(default=200, ge=0)
     """Expert episodes to learn from; 0 skips the warm start."""
     batches: int = Field(default=400, ge=1)
+    """Optimiser steps."""
     batch_size: int = Field(default=8, ge=1)
     """Demonstrations in a batch."""
     learning_rate: float = Field(default=3e-3, gt=0)
+    """Peak: linear warm-up over a tenth of the batches, then linear decay to 0."""
     observation_weight: float = Field(default=0.0, ge=0)
     """Weight of predicting what the expert read, relative to what it wrote. Teaches a model made from nothing to copy
     names and to know the world; leave it at 0 for pretrained models."""
@@ -97,6 +105,7 @@ class RolloutConfig(Section):
     balance: Literal["goal", "task"] = "goal"
     """`goal`: every task type equally often. `task`: every task equally often, so large types dominate."""
     temperature: float = Field(default=1.0, gt=0, le=10)
+    """Of the training distribution: what is sampled from, and what log-probabilities and entropies are of."""
 
 
 class CriticConfig(Section):
@@ -112,24 +121,31 @@ class CriticConfig(Section):
 
 class AlgorithmConfig(Section):
     name: Literal["ppo", "grpo"] = "ppo"
+    """`ppo` has a critic; `grpo` compares the episodes of one task."""
     advantage: Literal["turn", "within_turn", "token", "bilevel"] = "turn"
     """PPO's credit assignment. `turn`: GAE across turns. `within_turn`: inside each response only (the paper's
     release). `token`: GAE over all trained tokens of the episode. `bilevel`: turns, then tokens."""
     gamma: float = Field(default=1.0, ge=0, le=1)
+    """PPO: discount per turn (per token for `within_turn` and `token`)."""
     lam: float = Field(default=1.0, ge=0, le=1)
+    """PPO: trace decay of GAE, per turn or token like `gamma`."""
     normalise_std: bool = True
     """GRPO: divide by the standard deviation of the group."""
     whiten: bool = True
     """PPO: normalise advantages to mean 0 and variance 1 over the tokens of the step."""
     clip_low: float = Field(default=0.2, ge=0, le=1)
+    """The probability ratio is clipped below at 1 - clip_low."""
     clip_high: float = Field(default=0.2, ge=0)
+    """The probability ratio is clipped above at 1 + clip_high."""
     dual_clip: float | None = Field(default=3.0, gt=1)
+    """Bound on the loss of a negative advantage, in multiples of it; none to leave it unbounded."""
     aggregate: Literal["token", "trajectory"] = "token"
     """Weights of the surrogate: every token of the mini-batch equally, or every trajectory, then turn, then token
     equally."""
     kl_coefficient: float = Field(default=0.0, ge=0)
     """Weight of the KL loss to the frozen starting model; 0 keeps no reference model."""
     kl_kind: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of that KL."""
     critic: CriticConfig = CriticConfig()
 
 
@@ -149,8 +165,11 @@ class EntropyConfig(Section):
     gamma: float = Field(default=3.0, gt=0)
     """Decay of the phase weight beta."""
     penalty: Literal["relu", "indicator", "squared"] = "relu"
+    """Shape of the penalty outside the corridor; `indicator`, the release's, has no gradient."""
     history: Literal["scalar", "per_turn"] = "scalar"
+    """One historical entropy, or one for each turn index."""
     schedule: Literal["paper", "constant"] = "paper"
+    """Phase weight: 1 + exp(-gamma k / (K/2)), or 1."""
 
     @model_validator(mode="after")
     def _corridor_is_open(self) -> Self:
@@ -171,10 +190,15 @@ class OptimizerConfig(Section):
     learning_rate: float = Field(default=3e-6, gt=0)
     """Peak learning rate of the policy: linear warm-up, cosine decay to `min_ratio` of it."""
     warmup_fraction: float = Field(default=0.1, ge=0, le=1)
+    """Share of the RL steps in which the rate rises from `min_ratio` to 1 of its peak."""
     min_ratio: float = Field(default=0.2, ge=0, le=1)
+    """Where the rate starts and ends, as a share of its peak."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """Decay of AdamW\'s first and second moments."""
     weight_decay: float = Field(default=0.01, ge=0)
+    """Of AdamW, on all weights."""
     grad_clip: float = Field(default=1.0, gt=0)
+    """Largest gradient norm, of the policy and of the critic each."""
     minibatches: int = Field(default=4, ge=1)
     """Optimiser steps per pass over the step's task groups; the number does not depend on how many rows there are."""
     epochs: int = Field(default=1, ge=1)
@@ -187,8 +211,9 @@ class EvaluationConfig(Section):
     every: int = Field(default=5, ge=0)
     """RL steps between evaluations; 0 evaluates before and after training only."""
     splits: list[str] = ["iid", "ood"]
+    """Splits whose panels are played."""
     episodes: int = Field(default=128, ge=1)
-    """Episodes of the fixed panel of each split at the first and the last evaluation, at most all tasks of the split."""
+    """Episodes of the fixed panel of each split before and after training; at most all tasks of the split."""
     interim_episodes: int | None = Field(default=None, ge=1)
     """Episodes at evaluations in between, the first ones of the same panel; all by default."""
     temperature: float = Field(default=0.4, ge=0)
@@ -203,7 +228,7 @@ class CheckpointConfig(Section):
 
 
 class Config(Section):
-    name: str = Field(default="run", pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
+    name: str = Field(default="run", pattern=r"^[^/\\.][^/\\]*$")
     """Name of the recipe; the default name of the run folder."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """All randomness of the run follows from it."""

@@ -90,8 +90,8 @@ class RolloutCollector:
         self._config = config
         self._make_context = ContextFactory(chat, config)
         self._max_turns = max_turns
-        self.max_prompt = max_context - config.max_response_tokens
-        """Tokens that a prompt may have, so that the longest response still fits behind it."""
+        self.max_context = max_context
+        self.max_response = config.max_response_tokens
         self._train_temperature = train_temperature
         self.timing = RolloutTiming()
 
@@ -172,7 +172,7 @@ class RolloutCollector:
             episode.prompt_ids = episode.context.advance(
                 turn.response_ids.tolist(), action=turn.action, observation=answer.observation
             )
-        if len(episode.prompt_ids) > self.max_prompt:
+        if len(episode.prompt_ids) > self.max_context - self.max_response:
             trajectory.stop_reason = StopReason.CONTEXT_OVERFLOW
             return True
         return False

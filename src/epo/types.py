@@ -82,10 +82,6 @@ class StopReason(StrEnum):
         """True when the environment, not the agent, ended the episode: nothing can be learnt from its outcome."""
         return self is StopReason.ENVIRONMENT_ERROR
 
-    @property
-    def is_truncated(self) -> bool:
-        return self in (StopReason.MAX_TURNS, StopReason.CONTEXT_OVERFLOW)
-
 
 @dataclass(kw_only=True, slots=True)
 class Turn:

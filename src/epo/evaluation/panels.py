@@ -54,8 +54,8 @@ def evaluate(
     trajectories = collector.collect(specs, temperature=temperature, on_done=on_done)
     if all(t.stop_reason is StopReason.CONTEXT_OVERFLOW and not t.turns for t in trajectories):
         raise UserError(
-            f"no first prompt of the split {split!r} fits into the context: model.max_context less "
-            f"agent.max_response_tokens leaves {collector.max_prompt} tokens for it; raise model.max_context"
+            f"no first prompt of the split {split!r} fits into model.max_context={collector.max_context} less "
+            f"agent.max_response_tokens={collector.max_response}: raise model.max_context"
         )
     return summarise(split, trajectories)
 

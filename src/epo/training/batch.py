@@ -64,10 +64,6 @@ class MicroBatch:
     index_n: Tensor
     """Position of each trained token in the step's flat order."""
 
-    @property
-    def num_trained(self) -> int:
-        return len(self.targets_n)
-
 
 def micro_batches(
     rows: Sequence[PackedRow], spans: Sequence[slice], indices: Sequence[int], *, max_tokens: int, device: torch.device

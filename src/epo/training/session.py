@@ -111,7 +111,8 @@ def train_run(config: Config, path: Path, observer: Observer, *, resume: bool) -
         if resume:
             run.rewind(trainer.state.step, evaluations=trainer.state.evaluations)
             observer.note(f"resuming {str(path)!r} after step {trainer.state.step}")
-        trainer.state.wall_seconds += time.perf_counter() - start_time
+        if trainer.state.step < config.steps:  # looking at a finished run is not part of it
+            trainer.state.wall_seconds += time.perf_counter() - start_time
         with _stop_after_step(trainer, observer), _tensorboard(run, trainer, observer):
             finished = trainer.train()
     return _finish(run, config, trainer, finished=finished)
