@@ -202,6 +202,16 @@ def test_the_transcript_says_the_goal_once(name: str, think: bool, list_actions:
         )
 
 
+def test_the_reminding_transcript_says_the_goal_in_every_message() -> None:
+    chat = chat_of("tiny")
+    context = TranscriptContext(chat, Prompt("remind", think=False, transcript=True), list_actions=True)
+    context.open(Observation(text="o1", goal="G", admissible_actions=("look", "go north")))
+    ids = context.advance(chat.response_ids("a1"), action="a1", observation=Observation(text="o2"))
+    assert chat.tokenizer.decode(ids) == (
+        "<|user|>o1\n[look; go north]\nG<|end|><|assistant|>a1<|end|><|user|>o2\nG<|end|><|assistant|>"
+    )
+
+
 def test_a_window_of_none_shows_no_pairs() -> None:
     chat = chat_of("tiny")
     context = WindowContext(chat, Prompt("react", think=True, transcript=False), list_actions=False, window=0)

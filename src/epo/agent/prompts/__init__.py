@@ -85,7 +85,7 @@ def prompt_source(name: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"agent.prompt={name!r} cannot be read: {error}") from None
+        raise UserError(f"agent.prompt={name!r} is not a valid Jinja template: {error}") from None
 
 
 def _load(name: str) -> Template:
