@@ -38,7 +38,7 @@ class ConsoleObserver:
         )
         self._task = self._progress.add_task("starting", total=None, note="")
         self._durations: list[float] = []
-        self._last_step = time.monotonic()
+        self._last_begin = time.monotonic()
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -50,6 +50,7 @@ class ConsoleObserver:
         self._progress.stop()
 
     def begin(self, what: str, total: int) -> None:
+        self._last_begin = time.monotonic()
         self._progress.reset(self._task, description=what, total=total, completed=0, note="")
         if not self._console.is_terminal and not what.startswith("step "):
             self._line(f"{what} ({total})")
@@ -58,9 +59,8 @@ class ConsoleObserver:
         self._progress.update(self._task, completed=done, note=note)
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
-        now = time.monotonic()
-        self._durations.append(now - self._last_step)
-        self._last_step = now
+        # From the first episode of the step to the end of its update, without evaluations and set-up.
+        self._durations.append(time.monotonic() - self._last_begin)
         recent = self._durations[-10:]
         left = (self._total - step) * sum(recent) / len(recent)
         entropy = f"entropy {metrics['entropy/mean']:.3f}" if "entropy/mean" in metrics else "entropy -"
@@ -73,7 +73,6 @@ class ConsoleObserver:
         )
 
     def evaluated(self, step: int, results: Sequence[PanelResult]) -> None:
-        self._last_step = time.monotonic()
         for r in results:
             self._line(
                 f"step {step:>3}/{self._total}  {r.split}: success {r.success:.3f} "

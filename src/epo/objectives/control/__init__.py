@@ -47,7 +47,7 @@ def make_control(method: str, **options: Any) -> EntropyControl:
 
 def _unknown(what: str, name: str, valid: Sequence[str]) -> str:
     nearest = difflib.get_close_matches(name, valid, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
     return f"unknown {what}: {name!r}{hint} Valid: {', '.join(valid) or '(no options)'}"
 
 
