@@ -21,6 +21,7 @@ agent: {format: action, max_response_tokens: 6}
 model:
   max_context: 256
   device: cpu
+  threads: 1
   tiny: {vocabulary_size: 320, hidden_size: 32, layers: 2, heads: 2, intermediate_size: 64}
 imitation: {demonstrations: 4, batches: 20, batch_size: 4, learning_rate: 0.005}
 rollout: {tasks_per_step: 4}

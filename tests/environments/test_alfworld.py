@@ -368,5 +368,5 @@ def test_missing_data_names_the_place_and_both_ways_out(tmp_path, monkeypatch):
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "alfworld" else object())
-    with pytest.raises(UserError, match=r"package alfworld, .*pip install 'epo-agents\[alfworld\]'"):
+    with pytest.raises(UserError, match=r"package alfworld, .*pip install -e '.\[alfworld\]'"):
         HouseholdSuite().prepare()
