@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 from quiet import QuietObserver
+from safetensors.torch import load_file, save_file
 
 from epo.config import Config
 from epo.environments import make_suite
 from epo.environments.pool import EnvPool
+from epo.errors import UserError
 from epo.evaluation.session import imitate_and_evaluate
+from epo.files import cache_dir
 from epo.reporting.plot import plot_run
 from epo.reporting.report import write_report
 from epo.training.demonstrations import as_trajectory, collect_demonstrations
@@ -237,6 +240,21 @@ def test_a_run_of_no_steps_evaluates_the_warm_start(minute_config: MakeConfig, t
     assert summary["eval"]["iid"]["initial"] == summary["eval"]["iid"]["final"]
     assert (run / "checkpoints" / "step_000000" / "policy" / "model.safetensors").is_file()
     assert Path(summary["report"]).is_file()
+
+
+def test_a_changed_kl_reference_is_refused_on_resume(
+    minute_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("EPO_CACHE", str(tmp_path / "cache"))  # it will be damaged
+    config, run = minute_config("steps=1", "algorithm.kl_coefficient=0.1"), tmp_path / "run"
+    train_run(config, run, QuietObserver(), resume=False)
+    train_run(config, run, QuietObserver(), resume=True)
+    for file in (cache_dir() / "imitation").rglob("model.safetensors"):
+        weights = load_file(file)
+        next(iter(weights.values())).add_(1e-3)
+        save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="no longer the one this run started from"):
+        train_run(config, run, QuietObserver(), resume=True)
 
 
 def test_resuming_a_finished_run_changes_nothing(minute_config: MakeConfig, tmp_path: Path):

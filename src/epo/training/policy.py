@@ -6,6 +6,7 @@ Legend: B rows, T tokens, D hidden size, N trained tokens.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -67,6 +68,14 @@ class Policy:
         """Write a Hugging Face model directory (safetensors) that any tool can load."""
         self.model.save_pretrained(folder, safe_serialization=True)
         self.tokenizer.save_pretrained(folder)
+
+    def digest(self) -> str:
+        """SHA-256 of all weights: equal for equal models."""
+        total = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            total.update(name.encode())
+            total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return total.hexdigest()
 
     def frozen_copy(self) -> Policy:
         """The reference policy: the same weights, never trained."""

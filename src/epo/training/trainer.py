@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from epo.config import Config
 from epo.environments.base import TaskSuite
 from epo.environments.pool import EnvPool
+from epo.errors import UserError
 from epo.evaluation.panels import PanelResult, evaluate
 from epo.objectives import make_control
 from epo.reporting.metrics import entropy_oscillation, rollout_metrics
@@ -70,6 +71,8 @@ class TrainerState:
     evaluations: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     wall_seconds: float = 0.0
     """Time of warm start, training and evaluation over all sessions of the run."""
+    reference: str | None = None
+    """Digest of the weights that the KL loss refers to; None without one."""
 
 
 class Trainer:
@@ -103,11 +106,18 @@ class Trainer:
             split: panel(suite.tasks(split), episodes=config.evaluation.episodes, split=split)
             for split in config.evaluation.splits
         }
-        self.state = TrainerState()
+        reference = self.learner.reference
+        digest = None if reference is None else reference.digest()
+        self.state = TrainerState(reference=digest)
         self.stop_requested = False
         self.log: MetricsLog | None = None
         if resume_from is not None:
             self.state = TrainerState(**load_checkpoint(resume_from, self.learner))
+            if self.state.reference != digest:
+                raise UserError(
+                    "the model that the KL loss refers to is no longer the one this run started from: put the model "
+                    "directory and the packages back as they were, or start a new run with another --name"
+                )
         for warning in self.control.warnings():
             observer.note(f"{config.entropy.method}: {warning}")
 
