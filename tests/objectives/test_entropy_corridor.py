@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epo.objectives import EntropyHistory, phase_weight, smoothing_penalty
+from epo.objectives.corridor import HistoryAverage
 
 
 def test_phase_weight_follows_equation_e6() -> None:
@@ -108,12 +109,18 @@ def test_scalar_reference_is_the_mean_of_the_steps_before() -> None:
     assert EntropyHistory().reference(torch.tensor([0, 5])).isnan().all()
 
 
-def test_window_keeps_the_latest_steps() -> None:
-    history = EntropyHistory(window=2)
+def test_sliding_and_ema_histories_by_hand() -> None:
+    sliding, ema = EntropyHistory("scalar", "sliding", window=2), EntropyHistory("scalar", "ema", ema_decay=0.75)
     for mean in (10.0, 1.0, 3.0):
-        history.append(mean)
-    assert history.reference() == 2.0
-    assert len(history) == 2
+        sliding.append(mean)
+        ema.append(mean)
+    assert sliding.reference() == 2.0
+    assert ema.reference() == 0.75 * (0.75 * 10.0 + 0.25 * 1.0) + 0.25 * 3.0
+    per_turn = EntropyHistory("per_turn", "sliding", window=2)
+    for step in ({0: 1.0, 1: 8.0}, {0: 2.0}, {0: 4.0}):
+        per_turn.append(step)
+    # Turn 1 was reached once, three steps ago: its own latest steps count.
+    assert per_turn.reference(torch.tensor([0, 1])).tolist() == [3.0, 8.0]
 
 
 def test_observe_is_the_token_mean_of_the_step() -> None:
@@ -146,16 +153,17 @@ def test_per_turn_references_average_the_steps_that_reached_the_turn() -> None:
 @settings(deadline=None)
 @given(
     steps=st.lists(st.dictionaries(st.integers(0, 5), st.floats(0, 9), min_size=1), max_size=6),
-    window=st.none() | st.integers(1, 4),
+    window=st.integers(1, 4),
+    average=st.sampled_from(["cumulative", "sliding", "ema"]),
 )
-def test_state_survives_json_exactly(steps: list[dict[int, float]], window: int | None) -> None:
+def test_state_survives_json_exactly(steps: list[dict[int, float]], window: int, average: HistoryAverage) -> None:
     turns = torch.arange(6)
-    per_turn, scalar = EntropyHistory("per_turn", window), EntropyHistory("scalar", window)
+    per_turn, scalar = (EntropyHistory(kind, average, window=window) for kind in ("per_turn", "scalar"))
     for step in steps:
         per_turn.append(step)
         scalar.append(max(step.values()))
     for history in (per_turn, scalar):
-        restored = EntropyHistory(history.kind, window)
+        restored = EntropyHistory(history.kind, average, window=window)
         restored.load_state_dict(json.loads(json.dumps(history.state_dict())))
         assert restored.reference() == history.reference()
         assert torch.equal(restored.reference(turns).nan_to_num(-1.0), history.reference(turns).nan_to_num(-1.0))
@@ -186,3 +194,7 @@ def test_histories_refuse_what_is_not_theirs() -> None:
         EntropyHistory(window=0)
     with pytest.raises(ValueError, match="scalar, per_turn"):
         EntropyHistory("ema")
+    with pytest.raises(ValueError, match="cumulative, sliding, ema"):
+        EntropyHistory("scalar", "per_turn")
+    with pytest.raises(ValueError, match=r"ema_decay must lie in \[0, 1\)"):
+        EntropyHistory("scalar", "ema", ema_decay=1.0)

@@ -165,7 +165,7 @@ def test_the_first_step_has_no_smoothing_and_no_reference() -> None:
     entropy, trajectory_ids, turn_ids = ragged_batch(0)
     weights = trajectory_weights(trajectory_ids, turn_ids, dtype=torch.float64)
     for kind in ("scalar", "per_turn"):
-        control = make_control("epo", history=kind, alpha=5.0, kappa_low=0.9, kappa_high=1.1)
+        control = make_control("epo", reference=kind, alpha=5.0, kappa_low=0.9, kappa_high=1.1)
         term = control.entropy_loss(entropy, weights, turn_ids, step=0, total_steps=TOTAL)
         bonus = make_control("bonus").entropy_loss(entropy, weights, turn_ids, step=0, total_steps=TOTAL)
         assert term.metrics["epo/smoothing"] == 0.0
@@ -185,7 +185,7 @@ def test_loss_and_metrics_equal_a_brute_force_count(seed: int, penalty: str, his
     """T11, with the gradient by the entropies counted as well."""
     entropy, trajectory_ids, turn_ids = ragged_batch(seed)
     control = EPOControl(
-        coefficient=COEFFICIENT, alpha=ALPHA, kappa_low=LOW, kappa_high=HIGH, penalty=penalty, history=history
+        coefficient=COEFFICIENT, alpha=ALPHA, kappa_low=LOW, kappa_high=HIGH, penalty=penalty, reference=history
     )
     past_turns = torch.tensor([0, 0, 1, 2])
     past = torch.tensor([[0.5, 1.5, 0.8, 1.2], [1.0, 0.6, 0.7, 1.4]], dtype=torch.float64)
@@ -248,7 +248,7 @@ def test_loss_and_metrics_equal_a_brute_force_count(seed: int, penalty: str, his
 )
 def test_micro_batches_add_up_and_token_order_does_not_matter(seed: int, cuts: list[int], method: str) -> None:
     entropy, trajectory_ids, turn_ids = ragged_batch(seed)
-    options = {"alpha": ALPHA, "kappa_low": LOW, "kappa_high": HIGH, "history": "per_turn"} if method == "epo" else {}
+    options = {"alpha": ALPHA, "kappa_low": LOW, "kappa_high": HIGH, "reference": "per_turn"} if method == "epo" else {}
     control = make_control(method, **options)
     control.observe(torch.tensor([1.0, 0.8, 1.1]), torch.zeros(3, dtype=torch.long), torch.arange(3))
     order = torch.randperm(24, generator=torch.Generator().manual_seed(seed))

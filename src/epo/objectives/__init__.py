@@ -17,7 +17,17 @@ from epo.objectives.advantages import (
     whiten,
     within_turn_gae,
 )
-from epo.objectives.control import CONTROLS, BonusControl, EntropyControl, EPOControl, NoControl, make_control
+from epo.objectives.control import (
+    METHODS,
+    BonusControl,
+    EntropyControl,
+    EPOControl,
+    EPODecayControl,
+    EPOReleaseControl,
+    NoControl,
+    make_control,
+    method_options,
+)
 from epo.objectives.corridor import EntropyHistory, phase_weight, smoothing_penalty
 from epo.objectives.entropy import (
     TurnMeans,
@@ -31,11 +41,13 @@ from epo.objectives.loss import EntropyTerm, EPOLoss, epo_loss
 from epo.objectives.policy import Surrogate, clipped_surrogate, kl_penalty, value_loss
 
 __all__ = [
-    "CONTROLS",
+    "METHODS",
     "Advantages",
     "BonusControl",
     "EPOControl",
+    "EPODecayControl",
     "EPOLoss",
+    "EPOReleaseControl",
     "EntropyControl",
     "EntropyHistory",
     "EntropyTerm",
@@ -50,6 +62,7 @@ __all__ = [
     "kl_penalty",
     "logits_logprobs_and_entropy",
     "make_control",
+    "method_options",
     "phase_weight",
     "smoothing_penalty",
     "token_logprobs_and_entropy",

@@ -15,19 +15,26 @@ from torch import Tensor
 from epo.objectives.entropy import turn_means
 
 PenaltyKind = Literal["relu", "indicator", "squared"]
-HistoryKind = Literal["scalar", "per_turn"]
+ReferenceKind = Literal["scalar", "per_turn"]
+HistoryAverage = Literal["cumulative", "sliding", "ema"]
 Schedule = Literal["paper", "constant"]
 
 _PENALTIES = ("relu", "indicator", "squared")
-_HISTORIES = ("scalar", "per_turn")
+_REFERENCES = ("scalar", "per_turn")
+_AVERAGES = ("cumulative", "sliding", "ema")
 _SCHEDULES = ("paper", "constant")
 
 
 class EntropyHistory:
     """Mean entropies of the RL steps so far, and the reference H_ref they give (equation E3).
 
-    `scalar` keeps one mean per step and refers to their unweighted mean. `per_turn` does so for every turn index on its
-    own, over the steps that reached that turn, so short episodes leave the references of later turns untouched.
+    `scalar` keeps one mean per step; `per_turn` one for every turn index, over the steps that reached that turn, so
+    short episodes leave the references of later turns untouched. How the steps are averaged:
+
+        cumulative   their unweighted mean (the paper's, which rejects a sliding window)
+        sliding      the unweighted mean of the latest `window` steps
+        ema          ref <- ema_decay ref + (1 - ema_decay) mean, starting at the first mean
+
     Append after the update: the reference of a step never contains the step itself. The state is plain JSON.
 
     Example::
@@ -39,26 +46,40 @@ class EntropyHistory:
         history.reference()              # 1.0
     """
 
-    def __init__(self, kind: HistoryKind = "scalar", window: int | None = None) -> None:
+    def __init__(
+        self,
+        kind: ReferenceKind = "scalar",
+        average: HistoryAverage = "cumulative",
+        *,
+        window: int = 20,
+        ema_decay: float = 0.9,
+    ) -> None:
         """Start empty.
 
         Args:
             kind: `scalar`, or `per_turn` for one reference per turn index.
-            window: number of latest steps that count; None for all of them, as in the paper.
+            average: how the steps are averaged.
+            window: number of latest steps that count in a `sliding` history (a turn's own latest ones in `per_turn`).
+            ema_decay: in [0, 1), of an `ema` history.
 
         Raises:
-            ValueError: unknown kind, or a window below 1.
+            ValueError: an unknown choice, or a number out of its range.
         """
-        _check_choice("kind", kind, _HISTORIES)
-        if window is not None and window < 1:
-            raise ValueError(f"window must be at least 1 step or None, got {window}")
-        self.kind: HistoryKind = kind
+        _check_choice("reference", kind, _REFERENCES)
+        _check_choice("history", average, _AVERAGES)
+        if window < 1:
+            raise ValueError(f"window must be at least 1 step, got {window}")
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}")
+        self.kind: ReferenceKind = kind
+        self.average: HistoryAverage = average
         self.window = window
+        self.ema_decay = ema_decay
         self._steps: list[dict[int, float]] = []
         self._references: dict[int, float] = {}
 
     def __len__(self) -> int:
-        """Number of steps that count."""
+        """Number of steps seen."""
         return len(self._steps)
 
     def append(self, means: float | Mapping[int, float]) -> None:
@@ -126,7 +147,7 @@ class EntropyHistory:
         return {"kind": self.kind, "steps": [[[turn, mean] for turn, mean in step.items()] for step in self._steps]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state; a shorter window than the one saved keeps the latest steps.
+        """Take over a state. The means of all steps are in it, so they may be averaged in another way from here on.
 
         Raises:
             ValueError: the state belongs to a history of the other kind.
@@ -137,13 +158,21 @@ class EntropyHistory:
         self._refresh()
 
     def _refresh(self) -> None:
-        if self.window is not None:
-            self._steps = self._steps[-self.window :]
         means: dict[int, list[float]] = {}
         for step in self._steps:
             for turn, mean in step.items():
                 means.setdefault(turn, []).append(mean)
-        self._references = {turn: _mean(values) for turn, values in sorted(means.items())}
+        self._references = {turn: self._averaged(values) for turn, values in sorted(means.items())}
+
+    def _averaged(self, means: list[float]) -> float:
+        if self.average == "cumulative":
+            return _mean(means)
+        if self.average == "sliding":
+            return _mean(means[-self.window :])
+        reference = means[0]
+        for mean in means[1:]:
+            reference = self.ema_decay * reference + (1 - self.ema_decay) * mean
+        return reference
 
 
 class Corridor(NamedTuple):

@@ -1,31 +1,64 @@
-"""Entropy control by name. A new method is one module here and one line in `CONTROLS`."""
+"""Entropy control by name. A new method is one module here and one line in `METHODS`."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from epo.objectives.control.base import EntropyControl
 from epo.objectives.control.bonus import BonusControl
+from epo.objectives.control.decay import EPODecayControl
 from epo.objectives.control.epo import EPOControl
 from epo.objectives.control.none import NoControl
+from epo.objectives.control.release import EPOReleaseControl
 
-CONTROLS: dict[str, type[EntropyControl]] = {
-    "none": NoControl,
-    "bonus": BonusControl,
-    "epo_base": BonusControl,
-    "epo": EPOControl,
+
+class Method(NamedTuple):
+    """What a method's name stands for."""
+
+    summary: str
+    control: type[EntropyControl]
+    preset: Mapping[str, Any] = {}
+    """Options in which the method differs from the defaults of its class."""
+
+
+METHODS: dict[str, Method] = {
+    "none": Method("no entropy control: the plain baseline", NoControl),
+    "bonus": Method("an entropy bonus and nothing else", BonusControl),
+    "epo_base": Method("the paper's name for `bonus`", BonusControl),
+    "epo": Method("EPO at the paper's values: nearly inert, see its warnings", EPOControl),
+    "epo_constant_beta": Method("EPO without its phase weight (w/o DW)", EPOControl, {"schedule": "constant"}),
+    "epo_strong": Method(
+        "EPO with a corridor that has a floor and can turn the bonus around; ours, not the paper's",
+        EPOControl,
+        {"kappa_low": 0.5, "kappa_high": 1.5, "alpha": 2.0},
+    ),
+    "epo_decay": Method("EPO-Decay: a bonus that fades over turns or over training", EPODecayControl),
+    "epo_release": Method("what the authors' release computes: without effect beside `bonus`", EPOReleaseControl),
 }
-"""Method name to class; `epo_base` is the paper's name for `bonus`."""
+"""Every method by name."""
+
+
+def method_options(method: str) -> dict[str, Any]:
+    """The options of `method` with their defaults.
+
+    Raises:
+        ValueError: an unknown method.
+    """
+    if method not in METHODS:
+        raise ValueError(_unknown("entropy control method", method, list(METHODS)))
+    found = METHODS[method]
+    parameters = inspect.signature(found.control).parameters
+    return {name: found.preset.get(name, parameter.default) for name, parameter in parameters.items()}
 
 
 def make_control(method: str, **options: Any) -> EntropyControl:
     """The entropy control `method` with its options.
 
     Args:
-        method: a key of `CONTROLS`.
+        method: a key of `METHODS`.
         options: keyword arguments of its class.
 
     Raises:
@@ -35,14 +68,11 @@ def make_control(method: str, **options: Any) -> EntropyControl:
 
         control = make_control("epo", alpha=1.0, kappa_low=0.5, kappa_high=1.5)
     """
-    if method not in CONTROLS:
-        raise ValueError(_unknown("entropy control method", method, list(CONTROLS)))
-    control = CONTROLS[method]
-    valid = list(inspect.signature(control).parameters)
+    valid = method_options(method)
     for name in options:
         if name not in valid:
-            raise ValueError(_unknown(f"option of entropy control {method!r}", name, valid))
-    return control(**options)
+            raise ValueError(_unknown(f"option of entropy control {method!r}", name, list(valid)))
+    return METHODS[method].control(**{**METHODS[method].preset, **options})
 
 
 def _unknown(what: str, name: str, valid: Sequence[str]) -> str:
@@ -51,4 +81,15 @@ def _unknown(what: str, name: str, valid: Sequence[str]) -> str:
     return f"unknown {what}: {name!r}{hint} Valid: {', '.join(valid) or '(no options)'}"
 
 
-__all__ = ["CONTROLS", "BonusControl", "EPOControl", "EntropyControl", "NoControl", "make_control"]
+__all__ = [
+    "METHODS",
+    "BonusControl",
+    "EPOControl",
+    "EPODecayControl",
+    "EPOReleaseControl",
+    "EntropyControl",
+    "Method",
+    "NoControl",
+    "make_control",
+    "method_options",
+]

@@ -1,4 +1,4 @@
-"""The contract of a method that controls entropy: five hooks, each of which does nothing unless a method needs it.
+"""The contract of a method that controls entropy: hooks, each of which does nothing unless a method needs it.
 
 Legend for tensor suffixes: _N trained tokens.
 """
@@ -6,20 +6,24 @@ Legend for tensor suffixes: _N trained tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from epo.objectives.loss import EntropyTerm
 from epo.objectives.policy import Surrogate, clipped_surrogate
 
+Aggregate = Literal["trajectory", "token"]
+
 
 class EntropyControl:
     """Entropy control that leaves everything alone. A method overrides the hooks it needs.
 
-    Order within one RL step: `shape_advantages` once; `surrogate` and `entropy_loss` for every micro-batch of every
-    update; `observe` once after the last update. The state is plain JSON, belongs to every checkpoint, and is the same
-    on all ranks.
+    Order within one RL step: `shape_advantages` once; then for every mini-batch `preview` once (only for methods that
+    ask for it), and `surrogate` and `entropy_loss` for each of its micro-batches; `observe` once after the last update.
+    Losses and metrics of micro-batches add up to those of the mini-batch. The state is plain JSON, belongs to every
+    checkpoint, and is the same on all ranks.
 
     Example::
 
@@ -29,12 +33,61 @@ class EntropyControl:
         control.observe(sampling_entropy_N, trajectory_ids_N, turn_ids_N)
     """
 
+    aggregate: Aggregate = "trajectory"
+    """Which weights `entropy_loss` wants: `trajectory_weights` of the mini-batch, or every token alike."""
+    previews: ClassVar[bool] = False
+    """The method chooses tokens with the whole mini-batch in view: `preview` must be called before its micro-batches.
+    It costs one forward pass without gradient."""
+    nucleus: float | None = None
+    """Where a number, the entropies given to `preview` and `entropy_loss` are those of the top-p nucleus of this mass
+    (`nucleus_entropy`) instead of the whole vocabulary's."""
+
     def shape_advantages(
-        self, advantages_N: Tensor, entropy_N: Tensor, trajectory_ids_N: Tensor, turn_ids_N: Tensor
+        self,
+        advantages_N: Tensor,
+        entropy_N: Tensor,
+        trajectory_ids_N: Tensor,
+        turn_ids_N: Tensor,
+        group_ids_N: Tensor,
     ) -> Tensor:
-        """Advantages of the whole batch, given the entropies of the sampling policy. Neutral: unchanged."""
-        del entropy_N, trajectory_ids_N, turn_ids_N
+        """Advantages of the whole batch, given the entropies of the sampling policy. Neutral: unchanged.
+
+        Args:
+            advantages_N: [N] of the whole batch.
+            entropy_N: [N] nats, under the sampling policy.
+            trajectory_ids_N: [N] any integers.
+            turn_ids_N: [N] integers >= 0.
+            group_ids_N: [N] any integers; trajectories of one task share one.
+        """
+        del entropy_N, trajectory_ids_N, turn_ids_N, group_ids_N
         return advantages_N
+
+    def preview(
+        self,
+        logprobs_N: Tensor,
+        old_logprobs_N: Tensor,
+        advantages_N: Tensor,
+        entropy_N: Tensor,
+        weights_N: Tensor,
+        *,
+        generator: torch.Generator,
+    ) -> Tensor | None:
+        """Look at a whole mini-batch before its micro-batches. Neutral: nothing.
+
+        Args:
+            logprobs_N: [N] under the policy as it is now, without gradient.
+            old_logprobs_N: [N] under the sampling policy.
+            advantages_N: [N] as shaped.
+            entropy_N: [N] nats, under the policy as it is now, without gradient.
+            weights_N: [N] as `entropy_loss` will get them; they sum to 1.
+            generator: source of whatever is drawn at random; on the CPU.
+
+        Returns:
+            [N] a mark for each token, to be handed back to `surrogate` and `entropy_loss` with the tokens it belongs
+            to; None where the method needs none.
+        """
+        del logprobs_N, old_logprobs_N, advantages_N, entropy_N, weights_N, generator
+        return None
 
     def surrogate(
         self,
@@ -45,25 +98,45 @@ class EntropyControl:
         clip_low: float,
         clip_high: float,
         dual_clip: float | None,
+        marks_N: Tensor | None = None,
     ) -> Surrogate:
-        """Per-token policy loss. Neutral: `clipped_surrogate`."""
+        """Per-token policy loss. Neutral: `clipped_surrogate`.
+
+        Args:
+            logprobs_N: [N] under the policy that is trained, with gradient.
+            old_logprobs_N: [N] under the sampling policy.
+            advantages_N: [N] as shaped.
+            clip_low: the recipe's width of the clip below 1; a method with a clip of its own leaves it.
+            clip_high: the recipe's width of the clip above 1.
+            dual_clip: the recipe's bound for negative advantages, or None.
+            marks_N: [N] what `preview` said of these tokens.
+        """
+        del marks_N
         return clipped_surrogate(
             logprobs_N, old_logprobs_N, advantages_N, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip
         )
 
     def entropy_loss(
-        self, entropy_N: Tensor, weights_N: Tensor, turn_ids_N: Tensor, *, step: int, total_steps: int
+        self,
+        entropy_N: Tensor,
+        weights_N: Tensor,
+        turn_ids_N: Tensor,
+        *,
+        step: int,
+        total_steps: int,
+        marks_N: Tensor | None = None,
     ) -> EntropyTerm:
         """What entropy adds to the loss of one micro-batch. Neutral: 0.
 
         Args:
             entropy_N: [N] nats of the micro-batch's trained tokens, with gradient.
-            weights_N: [N] the mini-batch's `trajectory_weights` at these tokens, so that terms add up.
+            weights_N: [N] the mini-batch's weights (see `aggregate`) at these tokens, so that terms add up.
             turn_ids_N: [N] integers >= 0.
             step: k, the RL step, from 0.
             total_steps: K, the configured number of RL steps.
+            marks_N: [N] what `preview` said of these tokens.
         """
-        del weights_N, turn_ids_N, step, total_steps
+        del weights_N, turn_ids_N, step, total_steps, marks_N
         return EntropyTerm(entropy_N.new_zeros(()), {})
 
     def observe(self, entropy_N: Tensor, trajectory_ids_N: Tensor, turn_ids_N: Tensor) -> None:
@@ -94,3 +167,14 @@ class EntropyControl:
                 f"{type(self).__name__} keeps no state, but the checkpoint has {', '.join(sorted(state))}: "
                 "it was written with another entropy control method"
             )
+
+
+def check_aggregate(aggregate: Aggregate) -> Aggregate:
+    """`aggregate`, if it is one.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if aggregate not in ("trajectory", "token"):
+        raise ValueError(f"aggregate must be trajectory or token, got {aggregate!r}")
+    return aggregate

@@ -8,8 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epo.objectives.control.base import EntropyControl
-from epo.objectives.corridor import EntropyHistory, HistoryKind, PenaltyKind, Schedule, phase_weight, smoothing_penalty
+from epo.objectives.control.base import Aggregate, EntropyControl, check_aggregate
+from epo.objectives.corridor import (
+    EntropyHistory,
+    HistoryAverage,
+    PenaltyKind,
+    ReferenceKind,
+    Schedule,
+    phase_weight,
+    smoothing_penalty,
+)
 from epo.objectives.loss import EntropyTerm, corridor_term
 
 
@@ -25,9 +33,12 @@ class EPOControl(EntropyControl):
         kappa_high: float = 2.0,
         gamma: float = 3.0,
         penalty: PenaltyKind = "relu",
-        history: HistoryKind = "scalar",
-        window: int | None = None,
+        reference: ReferenceKind = "scalar",
+        history: HistoryAverage = "cumulative",
+        window: int = 20,
+        ema_decay: float = 0.9,
         schedule: Schedule = "paper",
+        aggregate: Aggregate = "trajectory",
     ) -> None:
         """Set the corridor; the history starts empty.
 
@@ -38,9 +49,12 @@ class EPOControl(EntropyControl):
             kappa_high: upper edge of the corridor over H_ref.
             gamma: rate of the schedule, >= 0.
             penalty: `relu` (the paper's), `squared`, or `indicator` (no gradient: EPO-Base with a logged number).
-            history: `scalar` (the paper's), or `per_turn` for one reference per turn index.
-            window: number of latest RL steps in the reference; None for all, as in the paper.
+            reference: `scalar` (the paper's), or `per_turn` for one corridor per turn index.
+            history: `cumulative` (the paper's), `sliding`, or `ema`: see `EntropyHistory`.
+            window: number of latest RL steps of a `sliding` history.
+            ema_decay: share of the old reference that an `ema` history keeps at each step.
             schedule: `paper`, or `constant` for beta = 1 ("w/o dynamic weight").
+            aggregate: `trajectory` (the paper's), or `token` for plain means over tokens.
 
         Raises:
             ValueError: a number out of its range or an unknown choice.
@@ -54,14 +68,23 @@ class EPOControl(EntropyControl):
         self.gamma = gamma
         self.penalty: PenaltyKind = penalty
         self.schedule: Schedule = schedule
-        self.history = EntropyHistory(history, window)
+        self.aggregate = check_aggregate(aggregate)
+        self.history = EntropyHistory(reference, history, window=window, ema_decay=ema_decay)
         self._max_beta = phase_weight(0, 1, gamma=gamma, schedule=schedule)
         # Refuses bad settings now rather than in the middle of the first step.
         smoothing_penalty(torch.zeros(1), None, kappa_low=kappa_low, kappa_high=kappa_high, kind=penalty)
 
     def entropy_loss(
-        self, entropy_N: Tensor, weights_N: Tensor, turn_ids_N: Tensor, *, step: int, total_steps: int
+        self,
+        entropy_N: Tensor,
+        weights_N: Tensor,
+        turn_ids_N: Tensor,
+        *,
+        step: int,
+        total_steps: int,
+        marks_N: Tensor | None = None,
     ) -> EntropyTerm:
+        del marks_N
         return corridor_term(
             entropy_N,
             weights_N,
