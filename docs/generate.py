@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from epo.config import Config
+from epo.config import Config, EntropyConfig, options_model
+from epo.methods import describe_method, list_methods
 
 HEAD = """# Configuration
 
@@ -37,10 +38,35 @@ def sections(model: type[BaseModel], prefix: str) -> Iterator[str]:
             meaning = " ".join((info.description or "").split())
             default = info.get_default(call_default_factory=True)
             yield f"| `{prefix}{name}` | {_values(schema[name])} | `{default}` | {_cell(meaning)} |\n"
+    if model is EntropyConfig:
+        yield from entropy_methods()
     for name, info in fields.items():
         if _is_section(info.annotation):
             assert info.annotation is not None
             yield from sections(info.annotation, f"{prefix}{name}.")
+
+
+def entropy_methods() -> Iterator[str]:
+    """The options of every entropy control method; presets of one class share a table."""
+    yield "\nThe other keys of `entropy` are the options of its method. Whoever changes an inherited method starts from the\n"
+    yield "new method's defaults.\n"
+    described: dict[str, list[str]] = {}
+    for name in (entry["name"] for entry in list_methods()):
+        described.setdefault(describe_method(name)["documentation"], []).append(name)
+    for names in described.values():
+        methods = [describe_method(name) for name in names]
+        yield f"\n### {', '.join(f'`{name}`' for name in names)}\n\n"
+        yield "".join(f"- `{method['name']}`: {method['summary']}\n" for method in methods)
+        if not methods[0]["options"]:
+            continue
+        schema = options_model(names[0]).model_json_schema()["properties"]
+        yield "\n| option | values | default | meaning |\n| --- | --- | --- | --- |\n"
+        for position, option in enumerate(methods[0]["options"]):
+            first = option["default"]
+            others = {m["name"]: m["options"][position]["default"] for m in methods}
+            default = f"`{first}`" + "".join(f"; `{n}`: `{value}`" for n, value in others.items() if value != first)
+            name, meaning = option["name"], _cell(option["meaning"])
+            yield f"| `{name}` | {_values(schema[name])} | {default} | {meaning} |\n"
 
 
 def _is_section(annotation: Any) -> bool:

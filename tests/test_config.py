@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epo.config import Config
 from epo.errors import UserError
+from epo.objectives import METHODS, method_options
 from epo.recipe import apply_overrides, load_config, parse_config, recipe_names
 
 
@@ -62,7 +63,11 @@ def test_unknown_keys_name_the_nearest(override: str, expected: str) -> None:
         ("environment.options=[1]", "environment.options=[1]"),
         ("environment.options={1: 2}", "environment.options.1"),
         ("environment={1: 2}", "environment.1=1 is not allowed: keys should be strings"),
-        ("entropy.kappa_low=2", "entropy: kappa_low 2.0 must be below kappa_high 2.0"),
+        (
+            "entropy.method=epoo",
+            "entropy: unknown entropy control method: 'epoo'; did you mean 'epo'? Valid: none",
+        ),
+        ("entropy.alpha=1", "entropy: unknown option of entropy control 'none': 'alpha'. Valid: (no options)"),
         ("model.tiny.hidden_size=190", "model.tiny: hidden_size 190 must be a multiple of 2*heads (8)"),
         ("agent.max_response_tokens=2048", "set it below model.max_context 2048"),
         ("algorithm.name=grpo", "set rollout.group_size to 2 or more"),
@@ -74,6 +79,43 @@ def test_bad_values_name_the_key_and_what_is_allowed(override: str, expected: st
     message = refusal("base", override)
     assert expected in message
     assert len(message) < 500
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("entropy.kapa_low=1", "option of entropy control 'epo': 'kapa_low'; did you mean 'kappa_low'?"),
+        ("entropy.kappa_low=2", "entropy: the corridor needs 0 <= kappa_low < kappa_high, got 2.0 and 2.0"),
+        ("entropy.alpha=much", "entropy: alpha='much' is not allowed: input should be a valid number"),
+        ("entropy.alpha=.nan", "entropy: alpha=nan is not allowed: input should be a finite number"),
+        ("entropy.penalty=hinge", "entropy: penalty='hinge' is not allowed: input should be 'relu', 'indicator' or"),
+        ("entropy.window=2.5", "entropy: window=2.5 is not allowed"),
+        ("entropy.options={}", "option of entropy control 'epo': 'options'"),
+    ],
+)
+def test_bad_options_of_an_entropy_control(override: str, expected: str) -> None:
+    message = refusal("scienceworld-ppo-epo", override)
+    assert expected in message
+    assert len(message.splitlines()) == 1
+
+
+def test_options_of_an_entropy_control_are_filled_in_and_typed() -> None:
+    config = load_config("base", ["entropy.coefficient=1e-2", "entropy.method=epo_strong", "entropy.alpha=3"])
+    assert config.entropy.options() == {**method_options("epo_strong"), "coefficient": 0.01, "alpha": 3.0}
+    assert parse_config(yaml.safe_load(config.to_yaml())) == config
+    # What a method cannot know by itself comes from the rest of the recipe.
+    decay = load_config("base", ["entropy.method=epo_decay", "environment.max_turns=17"])
+    assert decay.entropy.options()["max_turns"] == 17
+
+
+def test_another_method_starts_from_its_own_defaults(tmp_path: Path) -> None:
+    parent = write(tmp_path, "parent", "entropy: {method: epo, coefficient: 0.5, alpha: 0.7}")
+    same = write(tmp_path, "same", "extends: parent\nentropy: {method: epo, gamma: 1}")
+    other = write(tmp_path, "other", "extends: parent\nentropy: {method: bonus}")
+    assert load_config(same).entropy.options()["coefficient"] == 0.5
+    assert load_config(other).entropy.options() == method_options("bonus")
+    assert load_config(parent, ["entropy.method=bonus"]).entropy.options() == method_options("bonus")
+    assert load_config(parent, ["entropy.method=epo"]).entropy.options()["alpha"] == 0.7
 
 
 @pytest.mark.parametrize(
@@ -214,11 +256,13 @@ def known_sections() -> st.SearchStrategy[dict[str, Any]]:
         fields = getattr(SECTIONS[name], "model_fields", None)
         if fields is None:
             return values
-        return st.dictionaries(st.sampled_from(list(fields)), leaves | values, max_size=3) | values
+        return st.dictionaries(st.sampled_from([*fields, *extra.get(name, [])]), leaves | values, max_size=3) | values
 
+    extra = {"entropy": sorted({option for method in METHODS for option in method_options(method)})}
     return st.fixed_dictionaries({}, optional={name: section(name) for name in SECTIONS})
 
 
+@settings(deadline=None)
 @given(tree=known_sections() | st.dictionaries(st.text(max_size=5) | st.integers() | st.none(), values, max_size=3))
 def test_any_tree_parses_or_is_a_one_line_user_error(tree: dict[Any, Any]) -> None:
     try:
@@ -230,6 +274,7 @@ def test_any_tree_parses_or_is_a_one_line_user_error(tree: dict[Any, Any]) -> No
         assert parse_config(yaml.safe_load(config.to_yaml())) == config
 
 
+@settings(deadline=None)
 @given(
     key=st.sampled_from(["steps", "name", "optimizer.learning_rate", "environment.options.x", "model", "a.b", ""])
     | st.text(max_size=8),

@@ -223,6 +223,40 @@ def recipes(as_json: AsJson = False) -> None:
         stdout.print("\n".join(names), highlight=False)
 
 
+@app.command(epilog="Examples:\n\n    epo methods\n\n    epo methods epo_strong\n")
+def methods(
+    method: Annotated[
+        str | None, typer.Argument(help="Show one method: what it does, its source, its options.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the entropy control methods (`entropy.method`), or describe one."""
+    from epo.methods import describe_method, list_methods
+
+    if method is None:
+        found = list_methods()
+        if as_json:
+            _print_json(found)
+            return
+        table = Table("entropy.method", "what it is")
+        for entry in found:
+            table.add_row(entry["name"], escape(entry["summary"]))
+        stdout.print(table)
+        return
+    described = describe_method(method)
+    if as_json:
+        _print_json(described)
+        return
+    stdout.print(
+        escape(f"{method}: {described['summary']}\n\n{described['documentation']}"), soft_wrap=True, highlight=False
+    )
+    if described["options"]:
+        table = Table("option", "default", "meaning")
+        for option in described["options"]:
+            table.add_row(option["name"], escape(str(option["default"])), escape(option["meaning"]))
+        stdout.print(table)
+
+
 def _print_config(config: Config, *, as_json: bool) -> None:
     if as_json:
         _print_json(config.model_dump(mode="json"))

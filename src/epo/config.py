@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, create_model, model_validator
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -17,7 +17,7 @@ class Section(BaseModel):
 class EnvironmentConfig(Section):
     suite: str = "scienceworld"
     """Name of the task suite; `epo envs` lists them."""
-    options: dict[str, Any] = Field(default_factory=dict[str, Any])
+    options: dict[str, JsonValue] = Field(default_factory=dict[str, JsonValue])
     """Options of the suite; `epo envs SUITE` describes them."""
     workers: int = Field(default=8, ge=1, le=512)
     """Worker processes, one environment each; also the number of episodes that are live at once."""
@@ -150,40 +150,50 @@ class AlgorithmConfig(Section):
 
 
 class EntropyConfig(Section):
-    """Entropy control; the symbols are those of EPO, arXiv 2509.22576 v2."""
+    """Entropy control: a method by name, and beside the name the options of that method.
 
-    method: Literal["none", "bonus", "epo"] = "none"
-    """`none`: coefficient 0. `bonus`: the entropy term alone (EPO-Base). `epo`: with the smoothing corridor."""
-    coefficient: float = Field(default=0.001, ge=0)
-    """lambda: weight of the entropy term."""
-    alpha: float = Field(default=0.05, ge=0)
-    """Weight of the smoothing penalty relative to the entropy term."""
-    kappa_low: float = Field(default=0.0, ge=0)
-    """Lower edge of the corridor as a multiple of the historical entropy; 0 means no floor."""
-    kappa_high: float = Field(default=2.0, gt=0)
-    """Upper edge of the corridor as a multiple of the historical entropy."""
-    gamma: float = Field(default=3.0, gt=0)
-    """Decay of the phase weight beta."""
-    penalty: Literal["relu", "indicator", "squared"] = "relu"
-    """Shape of the penalty outside the corridor; `indicator`, the release's, has no gradient."""
-    history: Literal["scalar", "per_turn"] = "scalar"
-    """One historical entropy, or one for each turn index."""
-    schedule: Literal["paper", "constant"] = "paper"
-    """Phase weight: 1 + exp(-gamma k / (K/2)), or 1."""
+    The options come from the method's own signature in `epo.objectives.control`, with their defaults filled in.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    method: str = "none"
+    """How entropy is controlled; `epo methods` lists the methods and their options."""
 
     @model_validator(mode="after")
-    def _corridor_is_open(self) -> Self:
-        if self.kappa_low >= self.kappa_high:
-            raise ValueError(f"kappa_low {self.kappa_low} must be below kappa_high {self.kappa_high}")
+    def _fill_in(self) -> Self:
+        # Here, not above: torch takes a second to import, and most commands never look at the objectives.
+        from epo.objectives.control import make_control, method_options
+
+        given = dict(self.__pydantic_extra__ or {})
+        try:
+            is_known = given.keys() <= method_options(self.method).keys()
+            checked = options_model(self.method).model_validate(given).model_dump() if is_known else given
+            make_control(self.method, **checked)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name, given_value, message = first["loc"][0], repr(first["input"])[:200], first["msg"]
+            raise ValueError(f"{name}={given_value} is not allowed: {message[0].lower()}{message[1:]}") from None
+        self.__pydantic_extra__ = checked
         return self
 
     def options(self) -> dict[str, Any]:
         """The keyword options that `epo.objectives.make_control` takes for `method`."""
-        if self.method == "none":
-            return {}
-        if self.method == "bonus":
-            return {"coefficient": self.coefficient}
-        return self.model_dump(exclude={"method"})
+        return dict(self.__pydantic_extra__ or {})
+
+
+def options_model(method: str) -> type[BaseModel]:
+    """The options of an entropy control method as a model, made from the signature and docstring of its class."""
+    from epo.objectives.control import METHODS, method_options
+
+    control = METHODS[method].control
+    hints = get_type_hints(control.__init__)
+    fields: dict[str, Any] = {
+        name: (hints[name], Field(default=default)) for name, default in method_options(method).items()
+    }
+    return create_model(
+        f"{control.__name__}Options", __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields
+    )
 
 
 class OptimizerConfig(Section):
@@ -265,6 +275,8 @@ class Config(Section):
                 f"agent.max_response_tokens {self.agent.max_response_tokens} leaves no room for a prompt: "
                 f"set it below model.max_context {self.model.max_context}"
             )
+        if self.entropy.options().get("max_turns", 0) is None:
+            self.entropy.__pydantic_extra__ = self.entropy.options() | {"max_turns": self.environment.max_turns}
         return self
 
     def to_yaml(self) -> str:

@@ -16,7 +16,7 @@ from typing import Any, cast
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from epo.config import Config, EnvironmentConfig
+from epo.config import Config, EntropyConfig, EnvironmentConfig
 from epo.errors import UserError
 
 # Besides its own errors PyYAML lets those of Python's constructors through: 2024-13-45 is a ValueError.
@@ -105,23 +105,33 @@ def _is_recipe_file(name: str) -> bool:
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         if isinstance(value, dict) and isinstance(base.get(key), dict):
-            if key == "environment" and "suite" in value:
-                _leave_suite(base[key], value["suite"])
-            _merge(base[key], cast("dict[str, Any]", value))
+            section = cast("dict[str, Any]", value)
+            for choice in _CHOICES:
+                parent, _, leaf = choice.partition(".")
+                if key == parent and leaf in section:
+                    _leave(base[key], choice, section[leaf])
+            _merge(base[key], section)
         else:
             base[key] = value
     return base
 
 
-def _leave_suite(environment: dict[str, Any], suite: Any) -> None:
-    """`environment.options` belong to one suite: a new suite starts from no options."""
-    if suite != environment.get("suite", EnvironmentConfig.model_fields["suite"].default):
-        environment.pop("options", None)
+def _leave(section: dict[str, Any], choice: str, value: Any) -> None:
+    """Options belong to the suite or method they were given for: another choice starts from none of them."""
+    _, _, leaf = choice.partition(".")
+    if value == section.get(leaf, _CHOICES[choice].model_fields[leaf].default):
+        return
+    for name in list(section):
+        if name == "options" or (choice == "entropy.method" and name != leaf):
+            del section[name]
+
+
+_CHOICES: dict[str, type[BaseModel]] = {"environment.suite": EnvironmentConfig, "entropy.method": EntropyConfig}
 
 
 def _override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    # The suite first: options on the same command line are meant for it, in whatever order they are given.
-    for override in sorted(overrides, key=lambda text: not text.startswith("environment.suite=")):
+    # Suite and method first: options on the same command line are meant for them, in whatever order they are given.
+    for override in sorted(overrides, key=lambda text: text.partition("=")[0] not in _CHOICES):
         _apply(tree, override)
     return tree
 
@@ -141,8 +151,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise UserError(f"override {override!r}: {parent!r} is a value, not a section")
         node = cast("dict[str, Any]", child)
-    if key == "environment.suite":
-        _leave_suite(node, value)
+    if key in _CHOICES:
+        _leave(node, key, value)
     node[leaf] = value
 
 
@@ -182,6 +192,10 @@ def _all_fields(model: type[BaseModel], prefix: str = "") -> list[str]:
         names.append(prefix + name)
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
             names += _all_fields(info.annotation, f"{prefix}{name}.")
+    if model is EntropyConfig:
+        from epo.objectives.control import METHODS, method_options
+
+        names += dict.fromkeys(f"{prefix}{option}" for method in METHODS for option in method_options(method))
     return names
 
 

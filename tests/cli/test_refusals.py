@@ -42,7 +42,7 @@ def refuse(epo: Epo, *arguments: str) -> str:
         (["minute.yaml", "optimizer.learning_rate=-1"], ["optimizer.learning_rate=-1", "greater than 0"]),
         (["minute.yaml", "steps=many"], ["steps='many'", "integer"]),
         (["minute.yaml", "seed"], ["'seed'", "key=value"]),
-        (["minute.yaml", "entropy.method=ppo"], ["entropy.method='ppo'", "'epo'"]),
+        (["minute.yaml", "entropy.method=ppo"], ["entropy control method: 'ppo'", "did you mean 'epo'"]),
         (["minute.yaml", "algorithm.name=grpo"], ["rollout.group_size to 2"]),
         (["minute.yaml", "environment.suite=coridor"], ["'coridor'", "did you mean 'corridor'"]),
         (["minute.yaml", "environment.options.lenght=2"], ["'lenght'", "did you mean 'length'"]),
