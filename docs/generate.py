@@ -48,8 +48,8 @@ def sections(model: type[BaseModel], prefix: str) -> Iterator[str]:
 
 def entropy_methods() -> Iterator[str]:
     """The options of every entropy control method; presets of one class share a table."""
-    yield "\nThe other keys of `entropy` are the options of its method. Whoever changes an inherited method starts from the\n"
-    yield "new method's defaults.\n"
+    yield "\nThe other keys of `entropy` are the options of its method. A recipe that changes the method it inherited\n"
+    yield "starts from the new method's defaults.\n"
     described: dict[str, list[str]] = {}
     for name in (entry["name"] for entry in list_methods()):
         described.setdefault(describe_method(name)["documentation"], []).append(name)

@@ -257,6 +257,80 @@ def methods(
         stdout.print(table)
 
 
+explain = typer.Typer(help="Show what a setting does before anything is trained.", no_args_is_help=True)
+app.add_typer(explain, name="explain")
+
+
+@explain.command(
+    epilog="Examples:\n\n"
+    "    epo explain smoothing\n\n"
+    "    epo explain smoothing scienceworld-ppo-epo\n\n"
+    "    epo explain smoothing base entropy.method=epo entropy.alpha=1.2 entropy.kappa_low=0.5 --plot mine.png\n"
+)
+def smoothing(
+    recipe: Annotated[
+        str | None, typer.Argument(help="Explain this recipe's setting; default: compare profiles.")
+    ] = None,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=2, help="RL steps of the run, when no recipe says so.")] = 125,
+    plot: Annotated[Path, typer.Option(help="Where the plot goes.")] = Path("smoothing.png"),
+    as_json: AsJson = False,
+) -> None:
+    """The weight that the entropy of a token really has, below, inside and above EPO's corridor.
+
+    Measured as a gradient, in multiples of lambda: 1 is the plain bonus, 0 switches it off, less than 0 pushes
+    entropy down.
+    """
+    from epo.reporting.smoothing import compare_profiles, effective_weights, plot_effective_weights
+
+    if recipe is None:
+        settings = compare_profiles(total_steps=steps)
+    else:
+        config = load_config(recipe, overrides or ())
+        entropy = config.entropy
+        label = f"{entropy.method} of {config.name}"
+        settings = [effective_weights(label, entropy.method, entropy.options(), total_steps=max(2, config.steps))]
+    plot_effective_weights(settings, plot)
+    if as_json:
+        _print_json(
+            [
+                {
+                    "setting": s.label,
+                    "verdict": s.verdict(),
+                    "weights": {
+                        str(step): {
+                            "below": None if s.below is None else s.at(step, s.below),
+                            "inside": s.at(step, s.inside),
+                            "above": s.at(step, s.above),
+                        }
+                        for step in s.steps
+                    },
+                }
+                for s in settings
+            ]
+        )
+        return
+    table = Table(
+        "setting", "corridor", "step", "below", "inside", "above", title="weight of a token's entropy / lambda"
+    )
+    for s in settings:
+        for step in s.steps:
+            first = step == s.steps[0]
+            table.add_row(
+                s.label if first else "",
+                (f"{s.kappa_low:g} to {s.kappa_high:g}" if s.has_corridor else "none") if first else "",
+                str(step),
+                "no floor" if s.below is None else f"{s.at(step, s.below):.3f}",
+                f"{s.at(step, s.inside):.3f}",
+                f"{s.at(step, s.above):.3f}",
+                end_section=step == s.steps[-1],
+            )
+    stdout.print(table)
+    for s in settings:
+        stdout.print(f"{s.label}: {s.verdict()}", highlight=False)
+    stdout.print(f"plot: {plot}", soft_wrap=True, highlight=False)
+
+
 def _print_config(config: Config, *, as_json: bool) -> None:
     if as_json:
         _print_json(config.model_dump(mode="json"))
