@@ -2,13 +2,14 @@
 # make test    set everything up and run the tests
 # make lint    ruff and pyright
 # make docs    write the generated pages of docs/
+# make crosscheck   compare the objectives with what verl and TRL ship
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 NAME ?= quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: train test lint docs alfworld clean
+.PHONY: train test lint docs alfworld crosscheck clean
 
 train: $(VENV)/.train
 	$(BIN)/epo train quickstart --name $(NAME)
@@ -27,6 +28,17 @@ docs: $(VENV)/.train
 # ALFWorld's engine, for the suites household and alfworld; parts of it compile from source (g++, cmake, make).
 alfworld: $(VENV)/.train
 	$(PIP) --no-deps --requirement requirements/alfworld.txt
+
+# An environment of its own: fully pinned, and without resolving, so that no other build of torch comes in.
+crosscheck: .venv-crosscheck/.installed
+	OMP_NUM_THREADS=1 PYTHONPATH=src .venv-crosscheck/bin/python -m pytest crosscheck
+
+.venv-crosscheck/.installed: requirements/crosscheck.txt
+	@echo "installing verl, TRL and what they import into .venv-crosscheck ..."
+	@$(PYTHON) -m venv .venv-crosscheck
+	.venv-crosscheck/bin/python -m pip --disable-pip-version-check install --quiet --constraint $< torch
+	.venv-crosscheck/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement $<
+	@touch $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
