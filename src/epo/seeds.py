@@ -12,3 +12,5 @@ PANEL_STREAM = 2
 """Responses of panel episodes."""
 SHUFFLE_STREAM = 3
 """Dealing task groups into mini-batches."""
+CONTROL_STREAM = 4
+"""What an entropy control draws for a mini-batch."""

@@ -30,6 +30,8 @@ EPO = (
     "entropy.kappa_high=1.2",
 )
 
+BONUS = ("entropy.method=bonus", "entropy.coefficient=0.5")
+
 MakePolicy = Callable[..., Policy]
 MakeConfig = Callable[..., Config]
 
@@ -60,8 +62,6 @@ def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
 @pytest.mark.parametrize(
     "change",
     [
-        "entropy.method=none",
-        "entropy.method=bonus",
         "entropy.coefficient=0.6",
         "entropy.alpha=0.8",
         "entropy.kappa_low=0.5",
@@ -69,7 +69,8 @@ def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
         "entropy.gamma=1.0",
         "entropy.penalty=squared",
         "entropy.penalty=indicator",
-        "entropy.history=per_turn",
+        "entropy.reference=per_turn",
+        "entropy.aggregate=token",
         "entropy.schedule=constant",
     ],
 )
@@ -84,7 +85,7 @@ def test_every_option_changes_the_weights(
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_what_changes_no_weight(algorithm: str, train: Callable[..., tuple[list[Tensor], Learner]]):
     options = ALGORITHMS[algorithm]
-    bonus, _ = train([*options, *EPO, "entropy.method=bonus"])
+    bonus, _ = train([*options, *BONUS])
     # The indicator has no gradient: EPO-Base with a logged number.
     assert same(bonus, train([*options, *EPO, "entropy.penalty=indicator"])[0])
     assert same(bonus, train([*options, *EPO, "entropy.alpha=0"])[0])
@@ -92,7 +93,7 @@ def test_what_changes_no_weight(algorithm: str, train: Callable[..., tuple[list[
     assert same(none, train([*options, *EPO, "entropy.coefficient=0"])[0])
     # Without history there is no corridor: at the first step EPO is its bonus.
     first, _ = train([*options, *EPO], steps=1)
-    assert same(first, train([*options, *EPO, "entropy.method=bonus"], steps=1)[0])
+    assert same(first, train([*options, *BONUS], steps=1)[0])
     assert same(first, train([*options, *EPO, "entropy.kappa_low=0.99", "entropy.penalty=squared"], steps=1)[0])
 
 

@@ -18,7 +18,7 @@ from epo.config import Config
 from epo.objectives import kl_penalty, token_logprobs_and_entropy, trajectory_weights, value_loss
 from epo.objectives.control import EntropyControl
 from epo.packing import pack
-from epo.seeds import SHUFFLE_STREAM
+from epo.seeds import CONTROL_STREAM, SHUFFLE_STREAM
 from epo.training.batch import MicroBatch, TokenData, flatten, micro_batches
 from epo.training.credit import grpo_advantages, ppo_advantages
 from epo.training.policy import Critic, Policy
@@ -35,6 +35,18 @@ class _StepData:
     returns_N: Tensor | None
     values_N: Tensor | None
     reference_N: Tensor | None
+
+
+@dataclass(kw_only=True, slots=True)
+class _Minibatch:
+    """What one optimiser step reads besides. All [N] over the step's tokens; 0 for tokens of other mini-batches."""
+
+    rows: list[int]
+    weights_N: Tensor
+    """Of the surrogate, the KL and the value loss."""
+    entropy_weights_N: Tensor
+    marks_N: Tensor | None = None
+    """What the entropy control said of each token."""
 
 
 class Learner:
@@ -72,7 +84,7 @@ class Learner:
         steps = 0
         for _ in range(self.config.optimizer.epochs):
             for trajectory_ids in _minibatches(survivors, self.config.optimizer.minibatches, shuffle):
-                contribution = self._minibatch(data, trajectory_ids, step=step, on_policy=steps == 0)
+                contribution = self._minibatch(data, trajectory_ids, step=step, number=steps)
                 for name, value in contribution.items():
                     metrics[name] += value
                 steps += 1
@@ -97,6 +109,8 @@ class Learner:
         trajectories = [t for group in survivors for t in group]
         batch = pack(trajectories)
         tokens = flatten(batch, trajectories, device=self.policy.device)
+        groups_B = [number for number, group in enumerate(survivors) for _ in group]
+        group_ids_N = torch.tensor(groups_B, device=self.policy.device)[tokens.trajectory_ids_N]
         algorithm = self.config.algorithm
         values_N = returns_N = None
         if self.critic is not None:
@@ -108,7 +122,7 @@ class Learner:
             batch=batch,
             tokens=tokens,
             advantages_N=self.control.shape_advantages(
-                advantages_N, tokens.old_entropy_N, tokens.trajectory_ids_N, tokens.turn_ids_N
+                advantages_N, tokens.old_entropy_N, tokens.trajectory_ids_N, tokens.turn_ids_N, group_ids_N
             ),
             returns_N=returns_N,
             values_N=values_N,
@@ -140,35 +154,67 @@ class Learner:
 
     # ---------------------------------------------------------------- optimiser steps
 
-    def _minibatch(self, data: _StepData, trajectory_ids: set[int], *, step: int, on_policy: bool) -> dict[str, float]:
+    def _minibatch(self, data: _StepData, trajectory_ids: set[int], *, step: int, number: int) -> dict[str, float]:
         """Accumulate the gradient over micro-batches and step once. Losses and metrics of micro-batches add up."""
-        config, tokens = self.config, data.tokens
+        tokens = data.tokens
         rows = [i for i, row in enumerate(data.batch.rows) if row.trajectory_id in trajectory_ids]
         member_N = torch.zeros_like(tokens.old_logprobs_N, dtype=torch.bool)
         for i in rows:
             member_N[tokens.row_spans[i]] = True
-        entropy_weights_N = torch.zeros_like(tokens.old_logprobs_N)
-        entropy_weights_N[member_N] = trajectory_weights(
-            tokens.trajectory_ids_N[member_N], tokens.turn_ids_N[member_N]
-        ).to(entropy_weights_N.dtype)
-        if config.algorithm.aggregate == "trajectory":
-            weights_N = entropy_weights_N
-        else:
-            weights_N = member_N.float() / member_N.sum()
+        part = _Minibatch(
+            rows=rows,
+            weights_N=self._weights(tokens, member_N, self.config.algorithm.aggregate),
+            entropy_weights_N=self._weights(tokens, member_N, self.control.aggregate),
+        )
+        if self.control.previews:
+            part.marks_N = self._preview(data, part, member_N, step=step, number=number)
         metrics: dict[str, float] = defaultdict(float)
         self.optimizer.zero_grad(set_to_none=True)
         for micro in self._micro_batches(data.batch, tokens, rows):
-            loss = self._loss(data, micro, weights_N, entropy_weights_N, metrics, step=step, on_policy=on_policy)
+            loss = self._loss(data, part, micro, metrics, step=step, on_policy=number == 0)
             torch.autograd.backward(loss)
         self._step(metrics)
         return metrics
 
+    def _weights(self, tokens: TokenData, member_N: Tensor, aggregate: str) -> Tensor:
+        """Weights of the mini-batch's tokens; they sum to 1."""
+        if aggregate == "token":
+            return member_N.float() / member_N.sum()
+        weights_N = torch.zeros_like(tokens.old_logprobs_N)
+        found = trajectory_weights(tokens.trajectory_ids_N[member_N], tokens.turn_ids_N[member_N])
+        weights_N[member_N] = found.to(weights_N.dtype)
+        return weights_N
+
+    @torch.no_grad()
+    def _preview(self, data: _StepData, part: _Minibatch, member_N: Tensor, *, step: int, number: int) -> Tensor | None:
+        """Show the entropy control the whole mini-batch under the policy as it is now."""
+        tokens = data.tokens
+        logprobs_N, entropy_N = torch.zeros_like(tokens.old_logprobs_N), torch.zeros_like(tokens.old_logprobs_N)
+        for micro in self._micro_batches(data.batch, tokens, part.rows):
+            hidden_B_T_D = self._hidden(self.policy, micro)
+            logprobs_n, entropy_n = self._head(self.policy, hidden_B_T_D, micro)
+            logprobs_N[micro.index_n] = logprobs_n
+            entropy_N[micro.index_n] = self._controlled_entropy(hidden_B_T_D, micro, entropy_n)
+        seed = np.random.SeedSequence([self.config.seed, CONTROL_STREAM, step, number])
+        marks_n = self.control.preview(
+            logprobs_N[member_N],
+            tokens.old_logprobs_N[member_N],
+            data.advantages_N[member_N],
+            entropy_N[member_N],
+            part.entropy_weights_N[member_N],
+            generator=torch.Generator().manual_seed(int(seed.generate_state(1)[0])),
+        )
+        if marks_n is None:
+            return None
+        marks_N = torch.zeros(len(member_N), dtype=marks_n.dtype, device=marks_n.device)
+        marks_N[member_N] = marks_n
+        return marks_N
+
     def _loss(
         self,
         data: _StepData,
+        part: _Minibatch,
         micro: MicroBatch,
-        weights_N: Tensor,
-        entropy_weights_N: Tensor,
         metrics: dict[str, float],
         *,
         step: int,
@@ -176,7 +222,8 @@ class Learner:
     ) -> Tensor:
         """This micro-batch's share of the mini-batch loss."""
         algorithm, tokens, index_n = self.config.algorithm, data.tokens, micro.index_n
-        weights_n = weights_N[index_n]
+        weights_n = part.weights_N[index_n]
+        marks_n = None if part.marks_N is None else part.marks_N[index_n]
         hidden_B_T_D = self._hidden(self.policy, micro)
         logprobs_n, entropy_n = self._head(self.policy, hidden_B_T_D, micro)
         surrogate = self.control.surrogate(
@@ -186,10 +233,16 @@ class Learner:
             clip_low=algorithm.clip_low,
             clip_high=algorithm.clip_high,
             dual_clip=algorithm.dual_clip,
+            marks_N=marks_n,
         )
         policy_loss = (weights_n * surrogate.loss_N).sum()
         entropy = self.control.entropy_loss(
-            entropy_n, entropy_weights_N[index_n], tokens.turn_ids_N[index_n], step=step, total_steps=self.config.steps
+            self._controlled_entropy(hidden_B_T_D, micro, entropy_n),
+            part.entropy_weights_N[index_n],
+            tokens.turn_ids_N[index_n],
+            step=step,
+            total_steps=self.config.steps,
+            marks_N=marks_n,
         )
         loss = policy_loss + entropy.loss
         metrics["policy/loss"] += policy_loss.item()
@@ -252,6 +305,20 @@ class Learner:
             policy.head_weight_V_D,
             micro.targets_n,
             head_bias=policy.head_bias_V,
+            temperature=self.config.rollout.temperature,
+        )
+
+    def _controlled_entropy(self, hidden_B_T_D: Tensor, micro: MicroBatch, entropy_n: Tensor) -> Tensor:
+        """The entropies that the control asks for: the whole vocabulary's, or its nucleus'."""
+        if self.control.nucleus is None:
+            return entropy_n
+        from epo.objectives.nucleus import nucleus_entropy
+
+        return nucleus_entropy(
+            hidden_B_T_D[micro.row_n, micro.source_n],
+            self.policy.head_weight_V_D,
+            top_p=self.control.nucleus,
+            head_bias=self.policy.head_bias_V,
             temperature=self.config.rollout.temperature,
         )
 
