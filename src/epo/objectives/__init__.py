@@ -39,6 +39,7 @@ from epo.objectives.entropy import (
 )
 from epo.objectives.loss import EntropyTerm, EPOLoss, epo_loss
 from epo.objectives.policy import Surrogate, clipped_surrogate, kl_penalty, value_loss
+from epo.objectives.ranks import Gathered, gather_tokens
 
 __all__ = [
     "METHODS",
@@ -51,6 +52,7 @@ __all__ = [
     "EntropyControl",
     "EntropyHistory",
     "EntropyTerm",
+    "Gathered",
     "NoControl",
     "Surrogate",
     "TurnMeans",
@@ -58,6 +60,7 @@ __all__ = [
     "clipped_surrogate",
     "epo_loss",
     "gae",
+    "gather_tokens",
     "group_relative",
     "kl_penalty",
     "logits_logprobs_and_entropy",
