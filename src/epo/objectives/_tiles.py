@@ -6,7 +6,7 @@ Legend for tensor suffixes: _N trained tokens, _V vocabulary, _D hidden size. A 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -23,19 +23,20 @@ def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if is_double else torch.float32
 
 
-def _ranges(total: int, step: int) -> Iterator[tuple[int, int]]:
+def _slices(total: int, step: int) -> Iterator[slice]:
     for start in range(0, total, step):
-        yield start, min(start + step, total)
+        yield slice(start, min(start + step, total))
 
 
 class _Buffers:
-    """Memory for two tiles, reused: fresh pages for every tile would cost more than the arithmetic on them."""
+    """Memory for the tiles of one call, reused: fresh pages for every tile would cost more than the arithmetic."""
 
-    def __init__(self, elements: int, *, like: Tensor, dtype: torch.dtype) -> None:
-        self._flat = torch.empty(2, elements, dtype=dtype, device=like.device)
+    def __init__(self, count: int, elements: int, *, like: Tensor, dtype: torch.dtype) -> None:
+        self._flat = torch.empty(count, elements, dtype=dtype, device=like.device)
 
-    def tile(self, index: int, rows: int, columns: int) -> Tensor:
-        return self._flat[index, : rows * columns].view(rows, columns)
+    def tile(self, index: int, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+        flat = self._flat[index] if dtype is None else self._flat[index].view(dtype)
+        return flat[: rows * columns].view(rows, columns)
 
 
 class _RunningStatistics:
@@ -81,19 +82,25 @@ class _RunningStatistics:
 
 
 class _LogitGradient:
-    """Gradient of the loss with respect to tiles of logits, given the gradients of both outputs.
+    """`scale` times the gradient of the loss with respect to tiles of logits, given the gradients of both outputs.
 
     dL/dz_j = g_logp ([j = target] - p_j) - g_H p_j (log p_j + H).
     """
 
     def __init__(
-        self, grad_logprobs_N: Tensor | None, grad_entropy_N: Tensor | None, entropy_N: Tensor, lse_N: Tensor
+        self,
+        grad_logprobs_N: Tensor | None,
+        grad_entropy_N: Tensor | None,
+        entropy_N: Tensor,
+        lse_N: Tensor,
+        *,
+        scale: float,
     ) -> None:
         zeros_N = torch.zeros_like(lse_N)
         self.lse_N = lse_N
-        self.grad_logprobs_N = zeros_N if grad_logprobs_N is None else grad_logprobs_N
-        self.slope_N = None if grad_entropy_N is None else -grad_entropy_N
-        entropy_part_N = zeros_N if grad_entropy_N is None else grad_entropy_N * (lse_N - entropy_N)
+        self.grad_logprobs_N = zeros_N if grad_logprobs_N is None else grad_logprobs_N * scale
+        self.slope_N = None if grad_entropy_N is None else grad_entropy_N * -scale
+        entropy_part_N = zeros_N if self.slope_N is None else self.slope_N * (entropy_N - lse_N)
         self.offset_N = entropy_part_N - self.grad_logprobs_N
 
     def of(self, tokens: slice, logits: Tensor, scratch: Tensor, local_targets: Tensor) -> Tensor:
@@ -111,6 +118,15 @@ class _LogitGradient:
         return logits.scatter_add_(1, local_targets.clamp(0, width - 1)[:, None], hit[:, None])
 
 
+class HeadOptions(NamedTuple):
+    """How hidden states become logits, and how the work is cut."""
+
+    temperature: float
+    softcap: float | None
+    tile_tokens: int
+    tile_vocab: int
+
+
 class FusedHead(torch.autograd.Function):
     """Head product, log-probabilities and entropy in tiles. Vocabulary outside, tokens inside, so that a tile of the
     weight is converted once and its gradient is finished in one go."""
@@ -122,26 +138,21 @@ class FusedHead(torch.autograd.Function):
         weight_V_D: Tensor,
         bias_V: Tensor | None,
         targets_N: Tensor,
-        temperature: float,
-        tile_tokens: int,
-        tile_vocab: int,
+        options: HeadOptions,
     ) -> tuple[Tensor, Tensor]:
-        num, vocab = hidden_N_D.shape[0], weight_V_D.shape[0]
-        dtype = _compute_dtype(hidden_N_D, weight_V_D, bias_V)
+        num = hidden_N_D.shape[0]
         with torch.autocast(hidden_N_D.device.type, enabled=False):
-            statistics = _RunningStatistics(num, like=hidden_N_D, dtype=dtype)
-            head = _Head(hidden_N_D, weight_V_D, bias_V, temperature, dtype)
-            buffers = _Buffers(min(num, tile_tokens) * tile_vocab, like=hidden_N_D, dtype=dtype)
-            for v0, v1 in _ranges(vocab, tile_vocab):
-                weight, bias = head.tile(v0, v1)
-                for n0, n1 in _ranges(num, tile_tokens):
-                    tokens = slice(n0, n1)
-                    logits = head.logits(tokens, weight, bias, out=buffers.tile(0, n1 - n0, v1 - v0))
-                    statistics.absorb(tokens, logits, buffers.tile(1, n1 - n0, v1 - v0), targets_N[tokens] - v0)
+            head = _Head(hidden_N_D, weight_V_D, bias_V, options)
+            statistics = _RunningStatistics(num, like=hidden_N_D, dtype=head.dtype)
+            for vocab in head.vocab_tiles():
+                weight = weight_V_D[vocab].to(head.dtype)
+                for tokens in head.token_tiles():
+                    logits = head.logits(tokens, vocab, weight)
+                    statistics.absorb(tokens, logits, head.tile(1, tokens, vocab), targets_N[tokens] - vocab.start)
             logprobs_N, entropy_N, lse_N = statistics.results()
         ctx.save_for_backward(hidden_N_D, weight_V_D, bias_V, targets_N, entropy_N, lse_N)
         ctx.set_materialize_grads(False)
-        ctx.options = (temperature, tile_tokens, tile_vocab, dtype)
+        ctx.options = options
         return logprobs_N, entropy_N
 
     @staticmethod
@@ -150,60 +161,113 @@ class FusedHead(torch.autograd.Function):
         ctx: Any, grad_logprobs_N: Tensor | None, grad_entropy_N: Tensor | None
     ) -> tuple[Any, ...]:
         if grad_logprobs_N is None and grad_entropy_N is None:
-            return (None,) * 7
+            return (None,) * 5
         hidden_N_D, weight_V_D, bias_V, targets_N, entropy_N, lse_N = ctx.saved_tensors
-        temperature, tile_tokens, tile_vocab, dtype = ctx.options
-        num, vocab = hidden_N_D.shape[0], weight_V_D.shape[0]
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.zeros_like(hidden_N_D, dtype=dtype) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight_V_D) if needs_weight else None
-        grad_bias = torch.zeros_like(bias_V) if needs_bias else None
         with torch.autocast(hidden_N_D.device.type, enabled=False):
-            gradient = _LogitGradient(grad_logprobs_N, grad_entropy_N, entropy_N, lse_N)
-            head = _Head(hidden_N_D, weight_V_D, bias_V, temperature, dtype)
-            buffers = _Buffers(min(num, tile_tokens) * tile_vocab, like=hidden_N_D, dtype=dtype)
-            for v0, v1 in _ranges(vocab, tile_vocab):
-                weight, bias = head.tile(v0, v1)
-                grad_tile = None if grad_weight is None else grad_weight[v0:v1].to(dtype)
-                grad_bias_tile = None if grad_bias is None else grad_bias[v0:v1].to(dtype)
-                for n0, n1 in _ranges(num, tile_tokens):
-                    tokens = slice(n0, n1)
-                    logits = head.logits(tokens, weight, bias, out=buffers.tile(0, n1 - n0, v1 - v0))
-                    grad = gradient.of(tokens, logits, buffers.tile(1, n1 - n0, v1 - v0), targets_N[tokens] - v0)
-                    if grad_hidden is not None:
-                        grad_hidden[tokens].addmm_(grad, weight, alpha=1.0 / temperature)
-                    if grad_tile is not None:
-                        grad_tile.addmm_(grad.T, head.hidden_N_D[tokens])
+            head = _Head(hidden_N_D, weight_V_D, bias_V, ctx.options)
+            low = _product_dtype(hidden_N_D, weight_V_D, head.dtype)
+            low_hidden_N_D = hidden_N_D.to(low)
+            grad_hidden = torch.zeros_like(hidden_N_D, dtype=head.dtype) if needs_hidden else None
+            grad_weight = torch.zeros_like(weight_V_D) if needs_weight else None
+            grad_bias = torch.zeros_like(bias_V) if needs_bias else None
+            gradient = _LogitGradient(
+                grad_logprobs_N, grad_entropy_N, entropy_N, lse_N, scale=1.0 / head.options.temperature
+            )
+            for vocab in head.vocab_tiles():
+                weight = weight_V_D[vocab].to(head.dtype)
+                low_weight = weight_V_D[vocab].to(low)
+                grad_tile = None if grad_weight is None else grad_weight[vocab].to(head.dtype)
+                grad_bias_tile = None if grad_bias is None else grad_bias[vocab].to(head.dtype)
+                for tokens in head.token_tiles():
+                    logits = head.logits(tokens, vocab, weight)
+                    cap_slope = head.cap_slope(tokens, vocab, logits)
+                    scratch = head.tile(1, tokens, vocab)
+                    grad = gradient.of(tokens, logits, scratch, targets_N[tokens] - vocab.start)
+                    if cap_slope is not None:
+                        grad.mul_(cap_slope)
                     if grad_bias_tile is not None:
-                        grad_bias_tile.add_(grad.sum(dim=0), alpha=1.0 / temperature)
-                if grad_weight is not None and grad_tile is not None and grad_weight.dtype != dtype:
-                    grad_weight[v0:v1] = grad_tile
-                if grad_bias is not None and grad_bias_tile is not None and grad_bias.dtype != dtype:
-                    grad_bias[v0:v1] = grad_bias_tile
+                        grad_bias_tile.add_(grad.sum(dim=0))
+                    if low != head.dtype:
+                        grad = head.tile(1, tokens, vocab, low).copy_(grad)
+                    if grad_hidden is not None:
+                        _add_product(grad_hidden[tokens], grad, low_weight)
+                    if grad_tile is not None:
+                        _add_product(grad_tile, grad.T, low_hidden_N_D[tokens])
+                if grad_weight is not None and grad_tile is not None and grad_weight.dtype != head.dtype:
+                    grad_weight[vocab] = grad_tile
+                if grad_bias is not None and grad_bias_tile is not None and grad_bias.dtype != head.dtype:
+                    grad_bias[vocab] = grad_bias_tile
         if grad_hidden is not None:
             grad_hidden = grad_hidden.to(hidden_N_D.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None
 
 
 class _Head:
-    """The scaled head (hidden @ weight^T + bias) / temperature, one tile at a time, in the compute dtype."""
+    """Tiles of the logits cap((hidden @ weight^T + bias)) / temperature, in the compute dtype."""
 
-    def __init__(
-        self, hidden_N_D: Tensor, weight_V_D: Tensor, bias_V: Tensor | None, temperature: float, dtype: torch.dtype
-    ) -> None:
-        self.hidden_N_D = hidden_N_D.to(dtype)
-        if temperature != 1.0:
-            self.hidden_N_D = self.hidden_N_D / temperature
-        self.weight_V_D = weight_V_D
-        self.bias_V = None if bias_V is None else (bias_V.to(dtype) / temperature).clamp(min=EXCLUDED)
-        self.dtype = dtype
+    def __init__(self, hidden_N_D: Tensor, weight_V_D: Tensor, bias_V: Tensor | None, options: HeadOptions) -> None:
+        self.options = options
+        self.dtype = _compute_dtype(hidden_N_D, weight_V_D, bias_V)
+        self.hidden_N_D = hidden_N_D.to(self.dtype)
+        self.num, self.vocab = hidden_N_D.shape[0], weight_V_D.shape[0]
+        # What the product is multiplied with: the cap is an odd function of raw / cap, and the temperature comes last.
+        self.alpha = 1.0 / (options.temperature if options.softcap is None else options.softcap)
+        self.bias_V = None if bias_V is None else (bias_V.to(self.dtype) * self.alpha).clamp(min=EXCLUDED)
+        self.excluded_V = None if bias_V is None else bias_V == -torch.inf
+        self._buffers = _Buffers(
+            2 if options.softcap is None else 3,
+            min(self.num, options.tile_tokens) * min(self.vocab, options.tile_vocab),
+            like=hidden_N_D,
+            dtype=self.dtype,
+        )
 
-    def tile(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        return self.weight_V_D[start:stop].to(self.dtype), None if self.bias_V is None else self.bias_V[start:stop]
+    def vocab_tiles(self) -> Iterator[slice]:
+        return _slices(self.vocab, self.options.tile_vocab)
 
-    def logits(self, tokens: slice, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> Tensor:
-        torch.mm(self.hidden_N_D[tokens], weight.T, out=out)
-        return out if bias is None else out.add_(bias)
+    def token_tiles(self) -> Iterator[slice]:
+        return _slices(self.num, self.options.tile_tokens)
+
+    def tile(self, index: int, tokens: slice, vocab: slice, dtype: torch.dtype | None = None) -> Tensor:
+        return self._buffers.tile(index, tokens.stop - tokens.start, vocab.stop - vocab.start, dtype)
+
+    def logits(self, tokens: slice, vocab: slice, weight: Tensor) -> Tensor:
+        """One tile, in buffer 0."""
+        out = self.tile(0, tokens, vocab)
+        torch.addmm(out, self.hidden_N_D[tokens], weight.T, beta=0.0, alpha=self.alpha, out=out)
+        if self.bias_V is not None:
+            out.add_(self.bias_V[vocab])
+        if self.options.softcap is not None:
+            out.tanh_().mul_(self.options.softcap / self.options.temperature)
+            if self.excluded_V is not None:
+                out.masked_fill_(self.excluded_V[vocab], EXCLUDED)
+        return out
+
+    def cap_slope(self, tokens: slice, vocab: slice, logits: Tensor) -> Tensor | None:
+        """Derivative of the cap, 1 - tanh^2, of a tile of logits, in buffer 2; None without a cap."""
+        if self.options.softcap is None:
+            return None
+        out = self.tile(2, tokens, vocab)
+        torch.mul(logits, self.options.temperature / self.options.softcap, out=out)
+        if self.excluded_V is not None:
+            out.clamp_(min=-1.0)
+        return out.square_().neg_().add_(1.0)
+
+
+def _product_dtype(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the factors of the two gradient products.
+
+    bfloat16 where the gradients are returned in it anyway: rounding dL/dz as well is what autograd of a bfloat16
+    product does, and twice as fast as float32 factors or better. float16 would lose small probabilities.
+    """
+    return torch.bfloat16 if hidden.dtype == weight.dtype == torch.bfloat16 else dtype
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)
 
 
 class LogitStatistics(torch.autograd.Function):
@@ -216,11 +280,11 @@ class LogitStatistics(torch.autograd.Function):
         num, vocab = logits_N_V.shape
         dtype = _compute_dtype(logits_N_V)
         statistics = _RunningStatistics(num, like=logits_N_V, dtype=dtype)
-        buffers = _Buffers(min(num, tile_rows) * vocab, like=logits_N_V, dtype=dtype)
-        for n0, n1 in _ranges(num, tile_rows):
-            tokens = slice(n0, n1)
-            logits = _scaled(logits_N_V[tokens], temperature, out=buffers.tile(0, n1 - n0, vocab))
-            statistics.absorb(tokens, logits, buffers.tile(1, n1 - n0, vocab), targets_N[tokens])
+        buffers = _Buffers(2, min(num, tile_rows) * vocab, like=logits_N_V, dtype=dtype)
+        for tokens in _slices(num, tile_rows):
+            rows = tokens.stop - tokens.start
+            logits = _scaled(logits_N_V[tokens], temperature, out=buffers.tile(0, rows, vocab))
+            statistics.absorb(tokens, logits, buffers.tile(1, rows, vocab), targets_N[tokens])
         logprobs_N, entropy_N, lse_N = statistics.results()
         ctx.save_for_backward(logits_N_V, targets_N, entropy_N, lse_N)
         ctx.set_materialize_grads(False)
@@ -237,14 +301,14 @@ class LogitStatistics(torch.autograd.Function):
         logits_N_V, targets_N, entropy_N, lse_N = ctx.saved_tensors
         temperature, tile_rows, dtype = ctx.options
         num, vocab = logits_N_V.shape
-        gradient = _LogitGradient(grad_logprobs_N, grad_entropy_N, entropy_N, lse_N)
-        buffers = _Buffers(min(num, tile_rows) * vocab, like=logits_N_V, dtype=dtype)
+        gradient = _LogitGradient(grad_logprobs_N, grad_entropy_N, entropy_N, lse_N, scale=1.0 / temperature)
+        buffers = _Buffers(2, min(num, tile_rows) * vocab, like=logits_N_V, dtype=dtype)
         grad_N_V = torch.empty_like(logits_N_V)
-        for n0, n1 in _ranges(num, tile_rows):
-            tokens = slice(n0, n1)
-            logits = _scaled(logits_N_V[tokens], temperature, out=buffers.tile(0, n1 - n0, vocab))
-            grad = gradient.of(tokens, logits, buffers.tile(1, n1 - n0, vocab), targets_N[tokens])
-            grad_N_V[tokens] = grad.div_(temperature)
+        for tokens in _slices(num, tile_rows):
+            rows = tokens.stop - tokens.start
+            logits = _scaled(logits_N_V[tokens], temperature, out=buffers.tile(0, rows, vocab))
+            grad = gradient.of(tokens, logits, buffers.tile(1, rows, vocab), targets_N[tokens])
+            grad_N_V[tokens] = grad
         return grad_N_V, None, None, None
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from epo.objectives._tiles import fused_head, logit_statistics
+from epo.objectives._tiles import HeadOptions, fused_head, logit_statistics
 
 
 def token_logprobs_and_entropy(
@@ -25,26 +25,33 @@ def token_logprobs_and_entropy(
     *,
     head_bias: Tensor | None = None,
     temperature: float = 1.0,
-    tile_tokens: int = 512,
-    tile_vocab: int = 4096,
+    logit_softcap: float | None = None,
+    tile_tokens: int = 1024,
+    tile_vocab: int = 1024,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of its distribution, both differentiable, from hidden states.
 
-    H = logsumexp(z) - sum_v softmax(z)_v z_v with z = (hidden @ weight^T + bias) / temperature (equation E1 of the EPO
-    paper, arXiv 2509.22576). Backward recomputes z tile by tile and uses dH/dz_j = -p_j (log p_j + H).
+    H = logsumexp(z) - sum_v softmax(z)_v z_v with z = cap(hidden @ weight^T + bias) / temperature (equation E1 of the
+    EPO paper, arXiv 2509.22576), where cap(x) = c tanh(x / c) for `logit_softcap` c, else x. Backward recomputes z tile
+    by tile and uses dH/dz_j = -p_j (log p_j + H).
 
-    Every product and sum is in float32 (float64 if an input is float64), also for bfloat16 inputs and under autocast.
+    Logits, sums and accumulators are in float32 (float64 if an input is float64), also for bfloat16 inputs and under
+    autocast. If hidden states and weight are both bfloat16, the factors of the two gradient products are too, as in
+    autograd of a bfloat16 head, and the sums over tiles stay in float32.
     bfloat16 values are exact in TF32, so `torch.set_float32_matmul_precision("high")` costs no accuracy in the logits.
     A frozen weight or hidden state, and an output without gradient, cost nothing in backward. First order only.
 
     Args:
         hidden_N_D: [N, D] last hidden states at the positions that predict the targets.
-        head_weight_V_D: [V, D] head weight; may be the tied embedding.
+        head_weight_V_D: [V, D] head weight; may be the tied embedding. Under FSDP the gathered weight: call this inside
+            the wrapped module's forward, or pass `weight.full_tensor(grad_placements=[Partial()])`.
         targets_N: [N] sampled token ids.
         head_bias: [V] or None; -inf excludes a vocabulary entry.
         temperature: the sampling temperature of the policy that is trained; > 0.
+        logit_softcap: c of models that cap their final logits (Gemma 2: `final_logit_softcapping` = 30); > 0, or None.
         tile_tokens: tokens per tile; a smaller tile needs less memory.
-        tile_vocab: vocabulary entries per tile. Two tiles of `tile_tokens * tile_vocab` values are alive at once.
+        tile_vocab: vocabulary entries per tile. Two tiles of `tile_tokens * tile_vocab` values are alive at once, three
+            with a softcap.
 
     Returns:
         logprobs_N and entropy_N, [N] each, float32 (float64 if an input is float64).
@@ -57,15 +64,20 @@ def token_logprobs_and_entropy(
             f"hidden must be [N, D] and head_weight [V, D] with the same D, "
             f"got {list(hidden_N_D.shape)} and {list(head_weight_V_D.shape)}"
         )
+    if hasattr(head_weight_V_D, "full_tensor"):
+        raise ValueError(
+            "head_weight must be a plain tensor, got a DTensor; gather it first: head_weight.full_tensor()"
+        )
     vocab = head_weight_V_D.shape[0]
     if head_bias is not None and head_bias.shape != (vocab,):
         raise ValueError(f"head_bias must be [{vocab}], got {list(head_bias.shape)}")
     if tile_tokens < 1 or tile_vocab < 1:
         raise ValueError(f"tile_tokens and tile_vocab must be at least 1, got {tile_tokens} and {tile_vocab}")
+    if logit_softcap is not None and not logit_softcap > 0:
+        raise ValueError(f"logit_softcap must be > 0 or None, got {logit_softcap}")
     _check(targets_N, hidden_N_D.shape[:1], vocab, temperature)
-    return fused_head(
-        hidden_N_D, head_weight_V_D, head_bias, targets_N, temperature, tile_tokens, min(tile_vocab, vocab)
-    )
+    options = HeadOptions(temperature, logit_softcap, tile_tokens, tile_vocab)
+    return fused_head(hidden_N_D, head_weight_V_D, head_bias, targets_N, options)
 
 
 def logits_logprobs_and_entropy(
