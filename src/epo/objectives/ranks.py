@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
 # The stubs of torch leave it untyped.
 _all_gather = cast("Callable[..., Any]", dist.all_gather)  # pyright: ignore[reportUnknownMemberType]
 
