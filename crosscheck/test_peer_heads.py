@@ -120,6 +120,24 @@ def test_fused_heads_agree(theirs: Callable[[Tensor, Tensor, Tensor, float], Pai
         assert_close(their_tensor.double() / largest, our_tensor / largest, rtol=0.0, atol=1e-5)
 
 
+def test_the_bias_and_the_softcap_of_trl_agree() -> None:
+    """z = cap(hidden @ weight^T + bias) / temperature in this order on both sides. TRL in float32: values and the
+    gradients by all three inputs to 1e-5 of the largest."""
+    inputs = [random(*shape, seed=11 + shape[0], scale=1.0).requires_grad_() for shape in ((N, D), (V, D), (V,))]
+    hidden_N_D, weight_V_D, bias_V = inputs
+    index_N = targets(11)
+    ours = token_logprobs_and_entropy(
+        hidden_N_D, weight_V_D, index_N, head_bias=bias_V, temperature=0.7, logit_softcap=2.5, tile_vocab=16
+    )
+    single = [tensor.detach().float().requires_grad_() for tensor in inputs]
+    options = (index_N, 0.7, 16, 2.5, 1.0, ("entropy",))
+    theirs = ChunkedLogProbFunction.apply(*single, *options)[:2]
+    pairs = zip((*theirs, *gradients(theirs, *single)), (*ours, *gradients(ours, *inputs)), strict=True)
+    for their_tensor, our_tensor in pairs:
+        largest = float(our_tensor.detach().abs().max())
+        assert_close(their_tensor.double() / largest, our_tensor / largest, rtol=0.0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["verl.logprobs_from_logits", "trl.selective_log_softmax"])
 def test_an_excluded_entry_makes_their_entropy_nan(name: str) -> None:
     """A logit of -inf (a masked vocabulary entry) is 0 * -inf in their sum of p log p. Ours counts it as 0, which is
