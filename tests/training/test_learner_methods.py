@@ -19,7 +19,10 @@ MakePolicy = Callable[..., Policy]
 MakeConfig = Callable[..., Config]
 
 ALGORITHMS = {"ppo": ("algorithm.name=ppo",), "grpo": ("algorithm.name=grpo", "rollout.group_size=2")}
-REQUIRED: dict[str, tuple[str, ...]] = {}
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "clip_higher": ("entropy.clip_high=5",),
+    "entropic": ("entropy.threshold=0",),
+}
 """Options by method that make it act on these few made-up tokens."""
 
 

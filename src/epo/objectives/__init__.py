@@ -19,16 +19,22 @@ from epo.objectives.advantages import (
 )
 from epo.objectives.control import (
     METHODS,
+    AEPOClipControl,
     BonusControl,
+    ClipCovControl,
+    ClipHigherControl,
+    EntroPICControl,
     EntropyControl,
     EPOControl,
     EPODecayControl,
     EPOReleaseControl,
+    KLCovControl,
     NoControl,
     make_control,
     method_options,
 )
 from epo.objectives.corridor import EntropyHistory, phase_weight, smoothing_penalty
+from epo.objectives.covariance import covariances
 from epo.objectives.entropy import (
     TurnMeans,
     logits_logprobs_and_entropy,
@@ -38,30 +44,37 @@ from epo.objectives.entropy import (
     turn_means,
 )
 from epo.objectives.loss import EntropyTerm, EPOLoss, epo_loss
-from epo.objectives.policy import Surrogate, clipped_surrogate, kl_penalty, value_loss
+from epo.objectives.policy import Surrogate, clipped_surrogate, importance_ratio, kl_penalty, value_loss
 from epo.objectives.ranks import Gathered, gather_tokens
 
 __all__ = [
     "METHODS",
+    "AEPOClipControl",
     "Advantages",
     "BonusControl",
+    "ClipCovControl",
+    "ClipHigherControl",
     "EPOControl",
     "EPODecayControl",
     "EPOLoss",
     "EPOReleaseControl",
+    "EntroPICControl",
     "EntropyControl",
     "EntropyHistory",
     "EntropyTerm",
     "Gathered",
+    "KLCovControl",
     "NoControl",
     "Surrogate",
     "TurnMeans",
     "bilevel_gae",
     "clipped_surrogate",
+    "covariances",
     "epo_loss",
     "gae",
     "gather_tokens",
     "group_relative",
+    "importance_ratio",
     "kl_penalty",
     "logits_logprobs_and_entropy",
     "make_control",

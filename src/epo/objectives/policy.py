@@ -58,7 +58,7 @@ def clipped_surrogate(
         raise ValueError(f"dual_clip must be > 1 or None, got {dual_clip}")
     advantages_N = advantages_N.detach()
     log_ratio_N = logprobs_N - old_logprobs_N.detach()
-    ratio_N = log_ratio_N.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
+    ratio_N = importance_ratio(log_ratio_N)
     plain_N = -advantages_N * ratio_N
     clipped_N = -advantages_N * ratio_N.clamp(1 - clip_low, 1 + clip_high)
     loss_N = torch.maximum(plain_N, clipped_N)
@@ -69,6 +69,11 @@ def clipped_surrogate(
         loss_N = torch.where(is_capped_N, cap_N, loss_N)
         is_clipped_N = is_clipped_N | is_capped_N
     return Surrogate(loss_N, is_clipped_N, log_ratio_N.detach())
+
+
+def importance_ratio(log_ratio_N: Tensor) -> Tensor:
+    """pi / pi_old from its logarithm, finite whatever happens: beyond exp(+-20) it is constant, without gradient."""
+    return log_ratio_N.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
 
 
 def kl_penalty(logprobs_N: Tensor, reference_logprobs_N: Tensor, *, kind: KLKind = "k3") -> Tensor:

@@ -7,10 +7,15 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from epo.objectives.control.aepo_clip import AEPOClipControl
 from epo.objectives.control.base import EntropyControl
 from epo.objectives.control.bonus import BonusControl
+from epo.objectives.control.clip_cov import ClipCovControl
+from epo.objectives.control.clip_higher import ClipHigherControl
 from epo.objectives.control.decay import EPODecayControl
+from epo.objectives.control.entropic import EntroPICControl
 from epo.objectives.control.epo import EPOControl
+from epo.objectives.control.kl_cov import KLCovControl
 from epo.objectives.control.none import NoControl
 from epo.objectives.control.release import EPOReleaseControl
 
@@ -37,6 +42,11 @@ METHODS: dict[str, Method] = {
     ),
     "epo_decay": Method("EPO-Decay: a bonus that fades over turns or over training", EPODecayControl),
     "epo_release": Method("what the authors' release computes: without effect beside `bonus`", EPOReleaseControl),
+    "clip_higher": Method("PPO's clip, wider above than below (DAPO)", ClipHigherControl),
+    "clip_cov": Method("drops the gradient of a few tokens that cost much entropy", ClipCovControl),
+    "kl_cov": Method("a KL penalty on the tokens that cost most entropy, and no clip", KLCovControl),
+    "entropic": Method("a controller that weighs positive against negative samples (EntroPIC)", EntroPICControl),
+    "aepo_clip": Method("tokens clipped above keep a bounded gradient (agentic AEPO)", AEPOClipControl),
 }
 """Every method by name."""
 
@@ -83,11 +93,16 @@ def _unknown(what: str, name: str, valid: Sequence[str]) -> str:
 
 __all__ = [
     "METHODS",
+    "AEPOClipControl",
     "BonusControl",
+    "ClipCovControl",
+    "ClipHigherControl",
     "EPOControl",
     "EPODecayControl",
     "EPOReleaseControl",
+    "EntroPICControl",
     "EntropyControl",
+    "KLCovControl",
     "Method",
     "NoControl",
     "make_control",
