@@ -51,8 +51,8 @@ def token_logprobs_and_entropy(
         logit_softcap: c of models that cap their final logits (Gemma 2: `final_logit_softcapping` = 30); > 0, or None.
         tile_tokens: tokens per tile; a smaller tile needs less memory.
         tile_vocab: vocabulary entries per tile. Two tiles of `tile_tokens * tile_vocab` values are alive at once, three
-            with a softcap. The defaults are measured on a CPU (docs/token-head.md); a GPU, where every tile costs kernel
-            launches, should want larger ones (not measured).
+            with a softcap. The defaults are measured on a CPU (docs/token-head.md); a GPU, where every tile costs
+            kernel launches, should want larger ones (not measured).
 
     Returns:
         logprobs_N and entropy_N, [N] each, float32 (float64 if an input is float64).
