@@ -7,13 +7,17 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from epo.objectives.control.adaptive import AdaptiveControl
+from epo.objectives.control.aem import AEMControl
 from epo.objectives.control.aepo_clip import AEPOClipControl
 from epo.objectives.control.base import EntropyControl
 from epo.objectives.control.bonus import BonusControl
 from epo.objectives.control.clip_cov import ClipCovControl
 from epo.objectives.control.clip_higher import ClipHigherControl
 from epo.objectives.control.decay import EPODecayControl
+from epo.objectives.control.empg import EMPGControl
 from epo.objectives.control.entropic import EntroPICControl
+from epo.objectives.control.entropy_advantage import EntropyAdvantageControl
 from epo.objectives.control.epo import EPOControl
 from epo.objectives.control.kl_cov import KLCovControl
 from epo.objectives.control.none import NoControl
@@ -47,6 +51,10 @@ METHODS: dict[str, Method] = {
     "kl_cov": Method("a KL penalty on the tokens that cost most entropy, and no clip", KLCovControl),
     "entropic": Method("a controller that weighs positive against negative samples (EntroPIC)", EntroPICControl),
     "aepo_clip": Method("tokens clipped above keep a bounded gradient (agentic AEPO)", AEPOClipControl),
+    "adaptive": Method("a bonus that acts and grows only while entropy is below a target", AdaptiveControl),
+    "ea": Method("tokens of high entropy gain advantage", EntropyAdvantageControl),
+    "empg": Method("confident turns, and turns that lead to one, gain advantage (EMPG)", EMPGControl),
+    "aem": Method("turns weighed by their certainty inside the task's group (AEM)", AEMControl),
 }
 """Every method by name."""
 
@@ -93,14 +101,18 @@ def _unknown(what: str, name: str, valid: Sequence[str]) -> str:
 
 __all__ = [
     "METHODS",
+    "AEMControl",
     "AEPOClipControl",
+    "AdaptiveControl",
     "BonusControl",
     "ClipCovControl",
     "ClipHigherControl",
+    "EMPGControl",
     "EPOControl",
     "EPODecayControl",
     "EPOReleaseControl",
     "EntroPICControl",
+    "EntropyAdvantageControl",
     "EntropyControl",
     "KLCovControl",
     "Method",
