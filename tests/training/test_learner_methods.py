@@ -22,6 +22,7 @@ ALGORITHMS = {"ppo": ("algorithm.name=ppo",), "grpo": ("algorithm.name=grpo", "r
 REQUIRED: dict[str, tuple[str, ...]] = {
     "clip_higher": ("entropy.clip_high=5",),
     "entropic": ("entropy.threshold=0",),
+    "adaptive": ("entropy.target=100",),
 }
 """Options by method that make it act on these few made-up tokens."""
 
