@@ -11,7 +11,6 @@ from epo.objectives.advantages import (
     Advantages,
     bilevel_gae,
     gae,
-    group_relative,
     trajectory_gae,
     turn_gae,
     whiten,
@@ -47,6 +46,8 @@ from epo.objectives.entropy import (
     trajectory_weights,
     turn_means,
 )
+from epo.objectives.filters import snr, starpo_s
+from epo.objectives.groups import discounted_returns, gigpo, group_relative, leave_one_out, reinforce_plus_plus
 from epo.objectives.loss import EntropyTerm, EPOLoss, epo_loss
 from epo.objectives.policy import Surrogate, clipped_surrogate, importance_ratio, kl_penalty, value_loss
 from epo.objectives.ranks import Gathered, gather_tokens
@@ -78,17 +79,23 @@ __all__ = [
     "bilevel_gae",
     "clipped_surrogate",
     "covariances",
+    "discounted_returns",
     "epo_loss",
     "gae",
     "gather_tokens",
+    "gigpo",
     "group_relative",
     "importance_ratio",
     "kl_penalty",
+    "leave_one_out",
     "logits_logprobs_and_entropy",
     "make_control",
     "method_options",
     "phase_weight",
+    "reinforce_plus_plus",
     "smoothing_penalty",
+    "snr",
+    "starpo_s",
     "token_logprobs_and_entropy",
     "trajectory_gae",
     "trajectory_mean",

@@ -1,4 +1,4 @@
-"""Advantages of one trajectory (from a critic) or of one group (from its rewards).
+"""Advantages of one trajectory from a critic. Those without a critic are in `groups.py`.
 
 The functions for a trajectory take its trained tokens in order and one reward per turn, and differ in how far credit
 travels:
@@ -10,7 +10,7 @@ travels:
 
 values_N[i] is the value of the state in which token i is chosen. Nothing here carries a gradient.
 
-Legend for tensor suffixes: _N trained tokens of one trajectory, _T its turns, _S any sequence of steps, _G group.
+Legend for tensor suffixes: _N trained tokens of one trajectory, _T its turns, _S any sequence of steps.
 """
 
 from __future__ import annotations
@@ -158,7 +158,9 @@ def bilevel_gae(
     """GAE over turns, then inside each turn towards what the first level says the turn was worth (VAGEN).
 
     First level: delta_t = r_t + gamma_turn V_{t+1} - V_t with V_t the value at the last token of turn t. Second level:
-    within-turn GAE with A_t + V_t as the turn's reward, so its last token gets exactly A_t.
+    within-turn GAE with A_t + V_t as the turn's reward, so its last token gets exactly A_t. The published code has one
+    lambda for both levels, and in one version takes for a turn's end every token with a reward other than 0, so that
+    turns without a reward merge with the next; here every turn ends.
 
     Args:
         rewards_T: [T] one per turn that has tokens, in order.
@@ -178,30 +180,6 @@ def bilevel_gae(
     ends = [values[stop - 1] for _, stop in spans]
     _, worths = _recursion(rewards, ends, gamma=gamma_turn, lam=lam_turn, last_value=last_value)
     return _inside_turns(worths, values, spans, values_N, gamma=gamma_token, lam=lam_token)
-
-
-def group_relative(rewards_G: Tensor, *, normalise_std: bool = True, eps: float = 1e-6) -> Tensor:
-    """Advantage of each trajectory over its group, the attempts at one task (GRPO, arXiv 2402.03300).
-
-    A = (R - mean) / (std + eps) with the unbiased std; without `normalise_std`, A = R - mean (Dr. GRPO,
-    arXiv 2503.20783). A group of one, or of equal rewards, teaches nothing: exactly 0.
-
-    Args:
-        rewards_G: [G] total rewards of the trajectories of one group.
-        normalise_std: divide by the group's standard deviation.
-        eps: added to it.
-
-    Returns:
-        [G] in a floating dtype.
-    """
-    rewards_G = rewards_G.detach()
-    if not rewards_G.is_floating_point():
-        rewards_G = rewards_G.to(torch.float32)
-    # Rounding of the mean, divided by a std of nearly zero, would make up a signal out of equal rewards.
-    if len(rewards_G) < 2 or bool(rewards_G.min() == rewards_G.max()):
-        return torch.zeros_like(rewards_G)
-    centred_G = rewards_G - rewards_G.mean()
-    return centred_G / (rewards_G.std() + eps) if normalise_std else centred_G
 
 
 def whiten(advantages_N: Tensor, *, centre: bool = True, eps: float = 1e-8) -> Tensor:
