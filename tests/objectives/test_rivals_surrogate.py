@@ -24,13 +24,12 @@ batches = ragged_batches(max_groups=2, max_members=3, max_turns=20)
 def marks_of(control: EntropyControl, batch: Ragged, *, seed: int = 0) -> Tensor | None:
     if not control.previews:
         return None
-    weights = torch.full((len(batch),), 1 / len(batch), dtype=torch.float64)
     return control.preview(
         batch.logprobs_N,
         batch.old_logprobs_N,
         batch.advantages_N,
         batch.entropy_N,
-        weights,
+        batch.trajectory_ids_N,
         generator=torch.Generator().manual_seed(seed),
     )
 
@@ -203,10 +202,10 @@ def test_entropic_is_its_controller_and_its_weights(
     c = 0.0
     if entropies:
         c = max(-1.0, min(1.0, 0.8 * (entropies[-1] - target) + 0.1 * sum(h - target for h in entropies)))
-    found, slopes, _ = losses(control, batch, None)
-    for (logp, old, advantage), loss, slope in zip(rows(batch), found, slopes, strict=True):
-        assume(threshold == 0 or abs(math.exp(old) - threshold) > 1e-9)
-        steered = math.exp(old) >= threshold
+    found, slopes, clipped = losses(control, batch, None)
+    for (logp, old, advantage), loss, slope, gone in zip(rows(batch), found, slopes, clipped, strict=True):
+        assume(threshold == 0 or abs(math.exp(logp) - threshold) > 1e-9)
+        steered = math.exp(logp) > threshold
 
         def by_hand(p: float, old: float = old, advantage: float = advantage, steered: bool = steered) -> float:
             extra = -c * math.exp(p - old) * abs(advantage) if steered else 0.0
@@ -216,6 +215,20 @@ def test_entropic_is_its_controller_and_its_weights(
         ratio = math.exp(logp - old)
         if min(abs(ratio - 1 + LOW), abs(ratio - 1 - HIGH)) > 1e-4:
             assert slope == pytest.approx(finite_difference(by_hand, logp), rel=1e-4, abs=1e-7)
+        assert gone == (slope == 0.0)
+
+
+def test_entropic_at_its_limit_silences_one_sign_and_revives_what_is_clipped() -> None:
+    """c = 1: A < 0 loses its gradient, and A > 0 beyond the clip has that of the added term alone."""
+    control = make_control("entropic", target=0.1, threshold=0.5)
+    zeros = torch.zeros(1, dtype=torch.long)
+    control.observe(torch.tensor([7.0]), zeros, zeros)
+    leaf = torch.log(torch.tensor([0.6, 0.6, 0.9, 0.4], dtype=torch.float64)).requires_grad_()
+    old = torch.log(torch.tensor([0.6, 0.6, 0.5, 0.4], dtype=torch.float64))
+    found = control.surrogate(leaf, old, torch.tensor([-2.0, 2.0, 2.0, -2.0], dtype=torch.float64), **WIDTHS)
+    (slope,) = torch.autograd.grad(found.loss_N.sum(), leaf)
+    assert slope.tolist() == pytest.approx([0.0, -4.0, -2.0 * 1.8, 2.0])
+    assert found.is_clipped_N.tolist() == [True, False, False, False]
 
 
 def test_entropic_too_high_an_entropy_sharpens_and_too_low_a_one_spreads() -> None:
@@ -248,7 +261,11 @@ def test_entropic_too_high_an_entropy_sharpens_and_too_low_a_one_spreads() -> No
 )
 def test_any_split_and_any_order_give_the_same(batch: Ragged, cuts: list[int], seed: int, method: str) -> None:
     # Every candidate is dropped, so that the draw does not depend on the order of the tokens.
-    options = {"clip_cov": {"ratio": 1.0, "lower": 0.1}, "kl_cov": {"ratio": 0.3}}.get(method, {})
+    options = {
+        "clip_cov": {"ratio": 1.0, "lower": 0.1},
+        "kl_cov": {"ratio": 0.3},
+        "entropic": {"target": 0.8, "threshold": 0.3},
+    }.get(method, {})
     control = make_control(method, **options)
     control.observe(batch.entropy_N, batch.trajectory_ids_N, batch.turn_ids_N)
     whole = losses(control, batch, marks_of(control, batch))
@@ -292,6 +309,7 @@ def test_a_single_token_and_missing_marks(method: str) -> None:
         ("kl_cov", {"weight": -1.0}, "weight"),
         ("entropic", {"target": -1.0}, "target"),
         ("entropic", {"integral": -1.0}, "integral"),
+        ("entropic", {"proportional": math.inf}, "proportional"),
         ("entropic", {"limit": 0.0}, "limit"),
         ("entropic", {"threshold": 1.0}, "threshold"),
         ("aepo_clip", {"clip_low": 2.0}, "clip_low"),

@@ -90,11 +90,11 @@ class Watcher(EntropyControl):
         old_logprobs_N: Tensor,
         advantages_N: Tensor,
         entropy_N: Tensor,
-        weights_N: Tensor,
+        trajectory_ids_N: Tensor,
         *,
         generator: torch.Generator,
     ) -> Tensor:
-        self.seen.append((logprobs_N, entropy_N, weights_N, len(advantages_N)))
+        self.seen.append((logprobs_N, entropy_N, trajectory_ids_N, len(advantages_N)))
         self.drawn.append(int(torch.randint(2**40, (1,), generator=generator)))
         return 2 * old_logprobs_N
 
@@ -129,7 +129,7 @@ def test_preview_sees_the_whole_mini_batch_and_marks_find_their_tokens(
         sizes = [count for _, _, _, count in watcher.seen]
         assert sizes[0] + sizes[1] == sizes[2] + sizes[3] == tokens
         assert watcher.returned == 2 * tokens
-        assert all(weights.sum().item() == pytest.approx(1.0) for _, _, weights, _ in watcher.seen)
+        assert len({int(i) for _, _, ids, _ in watcher.seen[:2] for i in ids}) == sum(len(g.trajectories) for g in made)
         assert all((entropy > 0).all() and not entropy.requires_grad for _, entropy, _, _ in watcher.seen)
     # What is drawn belongs to the step and the mini-batch, not to how it is cut up, and never repeats.
     assert watchers[0].drawn == watchers[1].drawn

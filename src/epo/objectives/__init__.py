@@ -33,6 +33,7 @@ from epo.objectives.control import (
     EPOReleaseControl,
     KLCovControl,
     NoControl,
+    SIRENControl,
     make_control,
     method_options,
 )
@@ -49,6 +50,7 @@ from epo.objectives.entropy import (
 from epo.objectives.filters import snr, starpo_s
 from epo.objectives.groups import discounted_returns, gigpo, group_relative, leave_one_out, reinforce_plus_plus
 from epo.objectives.loss import EntropyTerm, EPOLoss, epo_loss
+from epo.objectives.nucleus import logits_nucleus_entropy, nucleus_entropy
 from epo.objectives.policy import Surrogate, clipped_surrogate, importance_ratio, kl_penalty, value_loss
 from epo.objectives.ranks import Gathered, gather_tokens
 
@@ -74,6 +76,7 @@ __all__ = [
     "Gathered",
     "KLCovControl",
     "NoControl",
+    "SIRENControl",
     "Surrogate",
     "TurnMeans",
     "bilevel_gae",
@@ -89,8 +92,10 @@ __all__ = [
     "kl_penalty",
     "leave_one_out",
     "logits_logprobs_and_entropy",
+    "logits_nucleus_entropy",
     "make_control",
     "method_options",
+    "nucleus_entropy",
     "phase_weight",
     "reinforce_plus_plus",
     "smoothing_penalty",

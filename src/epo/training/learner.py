@@ -17,6 +17,7 @@ from torch import Tensor
 from epo.config import Config
 from epo.objectives import kl_penalty, token_logprobs_and_entropy, trajectory_weights, value_loss
 from epo.objectives.control import EntropyControl
+from epo.objectives.nucleus import nucleus_entropy
 from epo.packing import pack
 from epo.seeds import CONTROL_STREAM, SHUFFLE_STREAM
 from epo.training.batch import MicroBatch, TokenData, flatten, micro_batches
@@ -201,7 +202,7 @@ class Learner:
             tokens.old_logprobs_N[member_N],
             data.advantages_N[member_N],
             entropy_N[member_N],
-            part.entropy_weights_N[member_N],
+            tokens.trajectory_ids_N[member_N],
             generator=torch.Generator().manual_seed(int(seed.generate_state(1)[0])),
         )
         if marks_n is None:
@@ -312,8 +313,6 @@ class Learner:
         """The entropies that the control asks for: the whole vocabulary's, or its nucleus'."""
         if self.control.nucleus is None:
             return entropy_n
-        from epo.objectives.nucleus import nucleus_entropy
-
         return nucleus_entropy(
             hidden_B_T_D[micro.row_n, micro.source_n],
             self.policy.head_weight_V_D,

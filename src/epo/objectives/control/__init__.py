@@ -22,6 +22,7 @@ from epo.objectives.control.epo import EPOControl
 from epo.objectives.control.kl_cov import KLCovControl
 from epo.objectives.control.none import NoControl
 from epo.objectives.control.release import EPOReleaseControl
+from epo.objectives.control.siren import SIRENControl
 
 
 class Method(NamedTuple):
@@ -55,6 +56,7 @@ METHODS: dict[str, Method] = {
     "ea": Method("tokens of high entropy gain advantage", EntropyAdvantageControl),
     "empg": Method("confident turns, and turns that lead to one, gain advantage (EMPG)", EMPGControl),
     "aem": Method("turns weighed by their certainty inside the task's group (AEM)", AEMControl),
+    "siren": Method("entropy of the most open choices among likely tokens, held to its start (SIREN)", SIRENControl),
 }
 """Every method by name."""
 
@@ -117,6 +119,7 @@ __all__ = [
     "KLCovControl",
     "Method",
     "NoControl",
+    "SIRENControl",
     "make_control",
     "method_options",
 ]

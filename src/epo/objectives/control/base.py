@@ -68,7 +68,7 @@ class EntropyControl:
         old_logprobs_N: Tensor,
         advantages_N: Tensor,
         entropy_N: Tensor,
-        weights_N: Tensor,
+        trajectory_ids_N: Tensor,
         *,
         generator: torch.Generator,
     ) -> Tensor | None:
@@ -79,14 +79,14 @@ class EntropyControl:
             old_logprobs_N: [N] under the sampling policy.
             advantages_N: [N] as shaped.
             entropy_N: [N] nats, under the policy as it is now, without gradient.
-            weights_N: [N] as `entropy_loss` will get them; they sum to 1.
+            trajectory_ids_N: [N] any integers.
             generator: source of whatever is drawn at random; on the CPU.
 
         Returns:
             [N] a mark for each token, to be handed back to `surrogate` and `entropy_loss` with the tokens it belongs
             to; None where the method needs none.
         """
-        del logprobs_N, old_logprobs_N, advantages_N, entropy_N, weights_N, generator
+        del logprobs_N, old_logprobs_N, advantages_N, entropy_N, trajectory_ids_N, generator
         return None
 
     def surrogate(

@@ -61,12 +61,12 @@ class ClipCovControl(EntropyControl):
         old_logprobs_N: Tensor,
         advantages_N: Tensor,
         entropy_N: Tensor,
-        weights_N: Tensor,
+        trajectory_ids_N: Tensor,
         *,
         generator: torch.Generator,
     ) -> Tensor:
         """Bool: the tokens that lose their gradient."""
-        del entropy_N, weights_N
+        del entropy_N, trajectory_ids_N
         covariance_N = covariances(logprobs_N, advantages_N)
         is_clipped_N = clipped_surrogate(
             logprobs_N,

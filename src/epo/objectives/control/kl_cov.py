@@ -42,12 +42,12 @@ class KLCovControl(EntropyControl):
         old_logprobs_N: Tensor,
         advantages_N: Tensor,
         entropy_N: Tensor,
-        weights_N: Tensor,
+        trajectory_ids_N: Tensor,
         *,
         generator: torch.Generator,
     ) -> Tensor:
         """Bool: the tokens that are penalised."""
-        del old_logprobs_N, entropy_N, weights_N, generator
+        del old_logprobs_N, entropy_N, trajectory_ids_N, generator
         covariance_N = covariances(logprobs_N, advantages_N)
         count = min(len(covariance_N), max(1, int(self.ratio * len(covariance_N))))
         marks_N = torch.zeros(len(covariance_N), dtype=torch.bool, device=covariance_N.device)
