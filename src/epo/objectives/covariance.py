@@ -12,8 +12,8 @@ def covariances(logprobs_N: Tensor, advantages_N: Tensor) -> Tensor:
     """c_i = (log pi_i - mean log pi) (A_i - mean A) over the tokens given, without gradient.
 
     Under a softmax policy the entropy falls with the mean of c: likely tokens with good advantages, and unlikely ones
-    with bad advantages, take it away ("The Entropy Mechanism of RL", arXiv 2505.22617, theorem 1 and equation 10 in
-    its numbering as we know it).
+    with bad advantages, take it away ("The Entropy Mechanism of RL", arXiv 2505.22617). The definition is that of its
+    official code; the paper's numbering was not seen.
 
     Args:
         logprobs_N: [N] under the policy as it is now.

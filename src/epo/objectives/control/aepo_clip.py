@@ -16,9 +16,10 @@ class AEPOClipControl(EntropyControl):
     PPO has none. Unlikely tokens that were raised past the clip, often those of high entropy, so go on learning, but no
     faster than at the clip. Everything else is PPO's.
 
-    Source: Agentic Entropy-Balanced Policy Optimization, arXiv 2510.14545, its entropy clipping-balanced mechanism, of
-    which the gradient factor is known to us and no equation number. The paper also balances rollout branches by entropy
-    and scales advantages by it; neither is here.
+    Source: Agentic Entropy-Balanced Policy Optimization, arXiv 2510.14545. Its abstract says that a stop-gradient in
+    the clipping term keeps and rescales the gradients of high-entropy tokens; the factor 1 + c and its conditions come
+    from a digest, and could not be checked against equations or code. The paper also balances rollout branches by
+    entropy and scales advantages by it; neither is here.
     """
 
     def __init__(self, *, clip_low: float | None = None, clip_high: float | None = None) -> None:

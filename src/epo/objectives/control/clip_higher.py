@@ -9,7 +9,9 @@ from epo.objectives.policy import Surrogate, clipped_surrogate
 
 
 class ClipHigherControl(EntropyControl):
-    """PPO's clip with widths 0.2 below and 0.28 above (DAPO, arXiv 2503.14476, equation 8 and its settings).
+    """PPO's clip with widths 0.2 below and 0.28 above (DAPO, arXiv 2503.14476).
+
+    The widths were seen in scripts that reproduce it; the paper's equations were not.
 
     The same as setting `algorithm.clip_low` and `algorithm.clip_high`; a method of its own so that it can be compared
     by name.

@@ -14,25 +14,28 @@ from epo.objectives.policy import Surrogate, clipped_surrogate, importance_ratio
 
 
 class EntroPICControl(EntropyControl):
-    """PPO's loss - c r |A| on tokens of probability above a threshold, with c steered by the entropy's error.
+    """PPO's loss, - c r |A| on tokens of a probability above a threshold, with c steered by the entropy's error.
 
     e = H - target; c = clip(K_p e + K_i sum of all e so far, -1, 1). c > 0 (entropy too high): likely tokens gain
-    weight 1 + c where A > 0 and lose it, 1 - c, where A < 0, which sharpens the policy; c < 0 the other way round.
+    weight 1 + c where A > 0 and lose it, 1 - c, where A < 0, which sharpens the policy; c < 0 the other way round. The
+    added term is not clipped: a likely token that PPO clips keeps a gradient while c is not 0.
 
-    H is the token mean under the sampling policy, so c follows the step before; it is 0 at the first step.
-
-    Source: EntroPIC, arXiv 2511.15248, the form of its public description. Target, gains and threshold could not be
-    checked: the defaults are ours.
+    Source: EntroPIC, arXiv 2511.15248; form and values were read in the authors' repository (yk7333/EntroPIC), the
+    paper's equations were not. The defaults are those of its launcher and of its loss. It differs in when and over what
+    it averages. There H and c belong to each micro-batch under the policy as it is; here H is the token mean of a whole
+    batch under the sampling policy, so that c is one number per RL step, follows the step before, and is 0 at first.
+    There the added term is a mean over likely tokens only; here it has the weights of the loss it is added to, so that
+    c = 1 or -1 silences likely tokens of one sign exactly.
     """
 
     def __init__(
         self,
         *,
-        target: float = 0.5,
+        target: float = 0.1,
         proportional: float = 1.0,
         integral: float = 0.01,
         limit: float = 1.0,
-        threshold: float = 0.5,
+        threshold: float = 0.95,
     ) -> None:
         """Set the controller.
 
@@ -40,16 +43,16 @@ class EntroPICControl(EntropyControl):
             target: entropy to hold, nats per token, >= 0.
             proportional: K_p, >= 0.
             integral: K_i, >= 0.
-            limit: bound on |c|, in (0, 1]; 1 is the paper's.
-            threshold: tokens of at least this probability under the sampling policy are weighed, in [0, 1).
+            limit: bound on |c|, in (0, 1].
+            threshold: tokens of a higher probability under the policy as it is are weighed, in [0, 1); 0 weighs all.
 
         Raises:
             ValueError: a number out of its range.
         """
-        if not target >= 0:
-            raise ValueError(f"target must be >= 0, got {target}")
-        if not proportional >= 0 or not integral >= 0:
-            raise ValueError(f"proportional and integral must be >= 0, got {proportional} and {integral}")
+        if not 0 <= target < math.inf:
+            raise ValueError(f"target must be finite and >= 0, got {target}")
+        if not 0 <= proportional < math.inf or not 0 <= integral < math.inf:
+            raise ValueError(f"proportional and integral must be finite and >= 0, got {proportional} and {integral}")
         if not 0 < limit <= 1:
             raise ValueError(f"limit must lie in (0, 1], got {limit}")
         if not 0 <= threshold < 1:
@@ -87,12 +90,13 @@ class EntroPICControl(EntropyControl):
         plain = clipped_surrogate(
             logprobs_N, old_logprobs_N, advantages_N, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip
         )
-        old_logprobs_N = old_logprobs_N.detach()
-        is_likely_N = old_logprobs_N >= math.log(max(self.threshold, 1e-300))
-        ratio_N = importance_ratio(logprobs_N - old_logprobs_N)
-        steered_N = torch.where(is_likely_N, -self.gain * ratio_N * advantages_N.detach().abs(), 0.0)
-        has_none_N = plain.is_clipped_N & ((steered_N == 0) | (plain.log_ratio_N.abs() > 20))
-        return plain._replace(loss_N=plain.loss_N + steered_N, is_clipped_N=has_none_N)
+        advantages_N, gain = advantages_N.detach(), self.gain
+        is_likely_N = logprobs_N.detach() > (math.log(self.threshold) if self.threshold > 0 else -math.inf)
+        steering_N = torch.where(is_likely_N, gain * advantages_N.abs(), 0.0)
+        loss_N = plain.loss_N - steering_N * importance_ratio(logprobs_N - old_logprobs_N.detach())
+        # c = 1 or -1 can cancel what PPO has left, and c can revive what PPO has clipped.
+        left_N = torch.where(plain.is_clipped_N, 0.0, advantages_N) + steering_N
+        return plain._replace(loss_N=loss_N, is_clipped_N=(left_N == 0) & (advantages_N != 0))
 
     def observe(self, entropy_N: Tensor, trajectory_ids_N: Tensor, turn_ids_N: Tensor) -> None:
         del trajectory_ids_N, turn_ids_N
