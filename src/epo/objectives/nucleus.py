@@ -22,7 +22,7 @@ def nucleus_entropy(
     top_p: float,
     head_bias: Tensor | None = None,
     temperature: float = 1.0,
-    tile_elements: int = 2**21,
+    tile_tokens: int = 64,
 ) -> Tensor:
     """`logits_nucleus_entropy` of z = (hidden @ weight^T + bias) / temperature, from hidden states.
 
@@ -36,7 +36,7 @@ def nucleus_entropy(
         top_p: least mass of the nucleus, in (0, 1].
         head_bias: [V] or None; -inf excludes a vocabulary entry.
         temperature: the sampling temperature of the policy that is trained; > 0.
-        tile_elements: values per tile, rounded to whole rows of V but at least one; about eight tiles are alive at once.
+        tile_tokens: tokens per tile; about eight tiles of `tile_tokens * V` values are alive at once.
 
     Returns:
         entropy_N, [N] nats, float32 (float64 if an input is float64), differentiable by hidden states, weight and bias.
@@ -53,8 +53,8 @@ def nucleus_entropy(
         raise ValueError(f"head_bias must be [{head_weight_V_D.shape[0]}], got {list(head_bias.shape)}")
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}; a greedy policy has no entropy to train")
-    if tile_elements < 1:
-        raise ValueError(f"tile_elements must be at least 1, got {tile_elements}")
+    if tile_tokens < 1:
+        raise ValueError(f"tile_tokens must be at least 1, got {tile_tokens}")
     _check_mass(top_p)
     is_double = torch.float64 in (hidden_N_D.dtype, head_weight_V_D.dtype)
     dtype = torch.float64 if is_double else torch.float32
@@ -69,8 +69,7 @@ def nucleus_entropy(
 
     # The stubs of torch leave `checkpoint` and `split` untyped.
     recomputed = cast("Callable[..., Tensor]", checkpoint)
-    rows = max(1, tile_elements // max(1, head_weight_V_D.shape[0]))
-    tiles = cast("tuple[Tensor, ...]", hidden_N_D.split(rows))  # pyright: ignore[reportUnknownMemberType]
+    tiles = cast("tuple[Tensor, ...]", hidden_N_D.split(tile_tokens))  # pyright: ignore[reportUnknownMemberType]
     return torch.cat([recomputed(entropy_of, tile, use_reentrant=False, preserve_rng_state=False) for tile in tiles])
 
 
