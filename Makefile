@@ -57,4 +57,4 @@ $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt requirements/alfworl
 	@touch $@ $(VENV)/.train
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .venv-crosscheck build *.egg-info
