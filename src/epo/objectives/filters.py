@@ -16,8 +16,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-ROUNDING = 1e-9
-"""Relative size below which differences are taken for rounding."""
+ROUNDING = 1e-6
+"""Relative size below which differences are taken for rounding, of float32 rewards too."""
 
 
 def starpo_s(rewards: Sequence[Tensor], *, keep: float = 0.25) -> list[int]:
