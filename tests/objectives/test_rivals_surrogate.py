@@ -286,6 +286,25 @@ def test_any_split_and_any_order_give_the_same(batch: Ragged, cuts: list[int], s
         assert ours == pytest.approx([theirs[i] for i in order.tolist()], rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.parametrize(("advantage", "logprob"), [(0.7, None), (None, -1.0), (0.7, -1.0)])
+def test_equal_covariances_mark_the_first_tokens_or_none(advantage: float | None, logprob: float | None) -> None:
+    """Equal advantages, or equal log-probabilities, make every covariance 0 exactly."""
+    values = torch.arange(64, dtype=torch.float64) / 64
+    batch = Ragged(
+        group_ids_N=torch.zeros(64, dtype=torch.long),
+        trajectory_ids_N=torch.zeros(64, dtype=torch.long),
+        turn_ids_N=torch.arange(64),
+        entropy_N=values,
+        logprobs_N=-values if logprob is None else torch.full_like(values, logprob),
+        old_logprobs_N=-values,
+        advantages_N=values - 0.5 if advantage is None else torch.full_like(values, advantage),
+    )
+    marks = marks_of(make_control("kl_cov", ratio=0.25), batch)
+    assert marks is not None and marks.nonzero()[:, 0].tolist() == list(range(16))
+    marks = marks_of(make_control("clip_cov", ratio=0.25, lower=0.0, upper=5.0), batch)
+    assert marks is not None and not marks.any()
+
+
 @pytest.mark.parametrize("method", ["clip_cov", "kl_cov"])
 def test_a_single_token_and_missing_marks(method: str) -> None:
     control = make_control(method)
@@ -324,4 +343,6 @@ def test_bad_options_are_refused(method: str, options: dict[str, float], message
 def test_settings_that_do_nothing_say_so() -> None:
     assert "nothing is higher" in make_control("clip_higher", clip_high=0.2).warnings()[0]
     assert "nothing is steered" in make_control("entropic", proportional=0.0, integral=0.0).warnings()[0]
+    assert "no token is held back" in make_control("kl_cov", weight=0.0).warnings()[0]
+    assert make_control("kl_cov").warnings() == make_control("clip_cov").warnings() == []
     assert make_control("clip_higher").warnings() == make_control("entropic").warnings() == []

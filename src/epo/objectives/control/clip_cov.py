@@ -16,8 +16,9 @@ class ClipCovControl(EntropyControl):
     Candidates are tokens with lower < c_i < upper whose ratio is not clipped anyway; max(1, floor(ratio N)) of them are
     drawn for each mini-batch of N tokens, and their loss is 0.
 
-    Source: arXiv 2505.22617, its official code. There the mini-batch is whatever one forward pass holds; here it is the
-    mini-batch of the optimiser step, however it is cut up.
+    Source: arXiv 2505.22617, read in its official code (PRIME-RL/Entropy-Mechanism-of-RL). There the mini-batch is
+    whatever one forward pass holds; here it is the mini-batch of the optimiser step, however it is cut up. There is no
+    dual clip there; here it is the recipe's, and plays no part in the choice of tokens.
     """
 
     previews = True
@@ -31,7 +32,7 @@ class ClipCovControl(EntropyControl):
         clip_low: float = 1.0,
         clip_high: float = 1.0,
     ) -> None:
-        """Set which covariances are too high; the defaults are those of the authors' script for 7B models.
+        """Set which covariances are too high; the defaults are those of the authors' scripts.
 
         Args:
             ratio: share of the mini-batch's tokens that is drawn, in (0, 1].

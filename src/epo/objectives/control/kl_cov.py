@@ -13,8 +13,11 @@ from epo.objectives.policy import Surrogate, importance_ratio
 class KLCovControl(EntropyControl):
     """-A r for every token, without a clip; the max(1, floor(ratio N)) tokens of highest covariance add w |log r|.
 
-    Source: arXiv 2505.22617, its official code; the share is 0.2 % for 7B and 0.02 % for 32B models. There the
-    mini-batch is whatever one forward pass holds; here it is the mini-batch of the optimiser step.
+    Of equal covariances the first tokens are taken, so that the choice is the same on any machine.
+
+    Source: arXiv 2505.22617, read in its official code (PRIME-RL/Entropy-Mechanism-of-RL): 0.2 % in its script for 7B
+    models, 0.02 % in that for 32B. There the mini-batch is whatever one forward pass holds; here it is that of the
+    optimiser step.
     """
 
     previews = True
@@ -51,7 +54,7 @@ class KLCovControl(EntropyControl):
         covariance_N = covariances(logprobs_N, advantages_N)
         count = min(len(covariance_N), max(1, int(self.ratio * len(covariance_N))))
         marks_N = torch.zeros(len(covariance_N), dtype=torch.bool, device=covariance_N.device)
-        marks_N[covariance_N.topk(count).indices] = True
+        marks_N[covariance_N.argsort(descending=True, stable=True)[:count]] = True
         return marks_N
 
     def surrogate(
@@ -72,3 +75,8 @@ class KLCovControl(EntropyControl):
         penalty_N = torch.where(marks_N, self.weight * log_ratio_N.abs(), 0.0)
         loss_N = -advantages_N.detach() * importance_ratio(log_ratio_N) + penalty_N
         return Surrogate(loss_N, torch.zeros_like(marks_N), log_ratio_N.detach())
+
+    def warnings(self) -> list[str]:
+        if self.weight == 0:
+            return ["weight = 0: no token is held back, and this method has no clip either: a plain policy gradient"]
+        return []
