@@ -24,7 +24,8 @@ def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def _slices(total: int, step: int) -> Iterator[slice]:
-    for start in range(0, total, step):
+    """Ranges that cover `total`; one empty range for a total of 0."""
+    for start in range(0, max(total, 1), step):
         yield slice(start, min(start + step, total))
 
 
@@ -168,8 +169,8 @@ class FusedHead(torch.autograd.Function):
             head = _Head(hidden_N_D, weight_V_D, bias_V, ctx.options)
             low = _product_dtype(hidden_N_D, weight_V_D, head.dtype)
             low_hidden_N_D = hidden_N_D.to(low)
-            grad_hidden = torch.zeros_like(hidden_N_D, dtype=head.dtype) if needs_hidden else None
-            grad_weight = torch.zeros_like(weight_V_D) if needs_weight else None
+            grad_hidden = torch.empty_like(hidden_N_D, dtype=head.dtype) if needs_hidden else None
+            grad_weight = torch.empty_like(weight_V_D) if needs_weight else None
             grad_bias = torch.zeros_like(bias_V) if needs_bias else None
             gradient = _LogitGradient(
                 grad_logprobs_N, grad_entropy_N, entropy_N, lse_N, scale=1.0 / head.options.temperature
@@ -177,7 +178,7 @@ class FusedHead(torch.autograd.Function):
             for vocab in head.vocab_tiles():
                 weight = weight_V_D[vocab].to(head.dtype)
                 low_weight = weight_V_D[vocab].to(low)
-                grad_tile = None if grad_weight is None else grad_weight[vocab].to(head.dtype)
+                grad_tile = None if grad_weight is None else head.accumulator(grad_weight[vocab])
                 grad_bias_tile = None if grad_bias is None else grad_bias[vocab].to(head.dtype)
                 for tokens in head.token_tiles():
                     logits = head.logits(tokens, vocab, weight)
@@ -191,9 +192,9 @@ class FusedHead(torch.autograd.Function):
                     if low != head.dtype:
                         grad = head.tile(1, tokens, vocab, low).copy_(grad)
                     if grad_hidden is not None:
-                        _add_product(grad_hidden[tokens], grad, low_weight)
+                        _accumulate(grad_hidden[tokens], grad, low_weight, is_first=vocab.start == 0)
                     if grad_tile is not None:
-                        _add_product(grad_tile, grad.T, low_hidden_N_D[tokens])
+                        _accumulate(grad_tile, grad.T, low_hidden_N_D[tokens], is_first=tokens.start == 0)
                 if grad_weight is not None and grad_tile is not None and grad_weight.dtype != head.dtype:
                     grad_weight[vocab] = grad_tile
                 if grad_bias is not None and grad_bias_tile is not None and grad_bias.dtype != head.dtype:
@@ -221,6 +222,10 @@ class _Head:
             like=hidden_N_D,
             dtype=self.dtype,
         )
+
+    def accumulator(self, part: Tensor) -> Tensor:
+        """Uninitialised memory in the compute dtype for a part of a gradient: the part itself where that fits."""
+        return part if part.dtype == self.dtype else torch.empty_like(part, dtype=self.dtype)
 
     def vocab_tiles(self) -> Iterator[slice]:
         return _slices(self.vocab, self.options.tile_vocab)
@@ -263,11 +268,15 @@ def _product_dtype(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> torch.
     return torch.bfloat16 if hidden.dtype == weight.dtype == torch.bfloat16 else dtype
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
+def _accumulate(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -> None:
+    """total += left @ right, or = for the first product, whose total is not initialised."""
+    if left.dtype != total.dtype:
+        product = left @ right
+        _ = total.copy_(product) if is_first else total.add_(product)
+    elif is_first:
+        torch.mm(left, right, out=total)
     else:
-        total.add_(left @ right)
+        total.addmm_(left, right)
 
 
 class LogitStatistics(torch.autograd.Function):

@@ -27,7 +27,7 @@ def token_logprobs_and_entropy(
     temperature: float = 1.0,
     logit_softcap: float | None = None,
     tile_tokens: int = 1024,
-    tile_vocab: int = 1024,
+    tile_vocab: int = 2048,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of its distribution, both differentiable, from hidden states.
 
