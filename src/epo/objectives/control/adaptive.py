@@ -18,9 +18,9 @@ class AdaptiveControl(EntropyControl):
     H is the token mean under the sampling policy of the step before. Before anything is observed, entropy is not known
     to be low: there is no bonus.
 
-    Source: Skywork-OR1, arXiv 2505.22312, and the form of its code; equation numbers were not checked. The authors
-    read H of the step that is being trained, ours lags by one step. Uncertain: the initial coefficient, and whether
-    the authors' changes once per RL step, as ours does, or once per mini-batch.
+    Source: Skywork-OR1, arXiv 2505.22312, read in its official code, whose coefficient starts at 0 and changes once,
+    after each RL step; equation numbers were not checked. There H is estimated by the mean of -log pi of the sampled
+    tokens, here it is the mean entropy; and a coefficient that starts above 0 acts at once.
     """
 
     def __init__(

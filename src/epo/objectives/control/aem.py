@@ -21,8 +21,9 @@ class AEMControl(EntropyControl):
     least and greatest of the group, all its trajectories together. a = 1 where they differ by less than `min_range`.
     A group of one trajectory is a group.
 
-    Source: arXiv 2605.00425, from a summary of the paper: form and defaults could not be checked against it. Uncertain:
-    that means over a group count responses, rather than tokens or trajectories.
+    Source: arXiv 2605.00425, from summaries of the paper that agree on the form; that least, greatest and mean run over
+    all responses of a task's rollout group, and `min_range`, are from the most detailed one. The paper and its code
+    were not seen.
     """
 
     def __init__(self, *, rate: float = 1.0, min_range: float = 0.1) -> None:

@@ -15,14 +15,15 @@ from epo.objectives.responses import ROUNDING, find_responses
 
 
 class EMPGControl(EntropyControl):
-    """A <- A g(h_t) + zeta f(h_{t+1}), then minus its mean over the batch's tokens.
+    """A <- A g(h_t) + zeta f(h_{t+1}), then minus its mean over the batch's turns, each with its token mean.
 
     h is the token-mean entropy of a turn of a trajectory, under the sampling policy, scaled to [0, 1] by least and
     greatest of the batch; 0 for all turns if all are alike. g = exp(-k h) / mean of exp(-k h) over the batch's turns;
     f = exp(-k' h). The last turn of a trajectory has no second term. The next turn is the next one with tokens.
 
-    Source: arXiv 2509.09265; k = k' = 1 and zeta = 0.05 as in ARLArena, the form from secondary reading. Equation
-    numbers were not checked; uncertain: whether the mean that is subtracted runs over tokens (ours) or over turns.
+    Source: arXiv 2509.09265 as ARLArena's code has it, which cites the paper's equations 7 (the mean to subtract, over
+    turns), 8 (the sum), 10 (g), 11 (f) and 12 (the scaling); k = k' = 1 and zeta = 0.05 are its defaults. The paper
+    itself was not seen. There the tokens of a turn share one advantage; here, with a critic, they may not.
     """
 
     def __init__(self, *, k: float = 1.0, k_future: float = 1.0, zeta: float = 0.05) -> None:
@@ -66,7 +67,7 @@ class EMPGControl(EntropyControl):
         future_R[:-1] = torch.where(has_next, torch.exp(-self.k_future * h_R[1:]), 0.0)
         shaped_N = advantages_N.detach().double() * gain_R[responses.response_N]
         shaped_N = shaped_N + self.zeta * future_R[responses.response_N]
-        return (shaped_N - shaped_N.mean()).to(advantages_N.dtype)
+        return (shaped_N - responses.mean(shaped_N).mean()).to(advantages_N.dtype)
 
     def warnings(self) -> list[str]:
         if self.k == 0 and self.zeta == 0:

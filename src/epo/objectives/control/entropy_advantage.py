@@ -16,8 +16,8 @@ class EntropyAdvantageControl(EntropyControl):
     The addition is never negative, also where A < 0; as kappa > 1, it never changes the sign of A, and where A = 0 it
     is 0.
 
-    Source: arXiv 2506.14758, from memory of the paper; the equation number was not checked. H is of the sampling
-    policy here, read once per RL step. The authors' code may read it in every update of the policy instead, which
+    Source: arXiv 2506.14758, equations 5 and 6; kappa = 2 and both values of alpha are those of its section 4. There H
+    is of the policy as it is in each update (equation 4); here of the sampling policy, read once per RL step, which
     differs from the second optimiser step on.
     """
 
