@@ -101,7 +101,7 @@ class RolloutConfig(Section):
     tasks_per_step: int = Field(default=32, ge=1)
     """Different tasks in one RL step."""
     group_size: int = Field(default=1, ge=1)
-    """Episodes of each task; GRPO needs at least 2."""
+    """Episodes of each task; what compares them (GRPO, RLOO, GiGPO, filters) needs at least 2."""
     balance: Literal["goal", "task"] = "goal"
     """`goal`: every task type equally often. `task`: every task equally often, so large types dominate."""
     temperature: float = Field(default=1.0, gt=0, le=10)
@@ -120,33 +120,64 @@ class CriticConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    name: Literal["ppo", "grpo"] = "ppo"
-    """`ppo` has a critic; `grpo` compares the episodes of one task."""
+    name: Literal["ppo", "grpo", "dr_grpo", "rloo", "reinforce_pp", "gigpo"] = "ppo"
+    """Where advantages come from. `ppo`: a critic. `grpo`, `dr_grpo`, `rloo`: the other episodes of the task.
+    `reinforce_pp`: the other tokens of the step. `gigpo`: the other episodes of the task, and their turns that began in
+    the same observation. Dr. GRPO by its paper also has `aggregate: constant`."""
     advantage: Literal["turn", "within_turn", "token", "bilevel"] = "turn"
     """PPO's credit assignment. `turn`: GAE across turns. `within_turn`: inside each response only (the paper's
     release). `token`: GAE over all trained tokens of the episode. `bilevel`: turns, then tokens."""
     gamma: float = Field(default=1.0, ge=0, le=1)
-    """PPO: discount per turn (per token for `within_turn` and `token`)."""
+    """PPO: discount per turn (per token for `within_turn` and `token`; the authors of `bilevel` use 0.95). REINFORCE++:
+    discount per token."""
     lam: float = Field(default=1.0, ge=0, le=1)
     """PPO: trace decay of GAE, per turn or token like `gamma`."""
     normalise_std: bool = True
     """GRPO: divide by the standard deviation of the group."""
+    group_statistics: Literal["trajectory", "row"] = "trajectory"
+    """GRPO and GiGPO: what mean and deviation of a group are over. `trajectory`: its episodes. `row`: all their turns,
+    each paid what its episode earned less its own penalty (the paper's release), so long episodes weigh more."""
+    reinforce_baseline: bool = False
+    """REINFORCE++: its variant with a baseline. Every token carries the episode's reward less the mean of the task's
+    episodes, without discount."""
+    gigpo_gamma: float = Field(default=0.95, ge=0, le=1)
+    """GiGPO: discount per turn of the returns that turns are compared by."""
+    gigpo_weight: float = Field(default=1.0, ge=0)
+    """GiGPO: weight of the comparison of turns beside that of episodes."""
+    gigpo_normalise_std: bool = False
+    """GiGPO: divide both parts by the standard deviation of what is compared."""
     whiten: bool = True
     """PPO: normalise advantages to mean 0 and variance 1 over the tokens of the step."""
+    filter: Literal["none", "starpo_s", "snr"] = "none"
+    """Task groups that are trained on. `starpo_s`: a share of them, those whose rewards deviate most. `snr`: the fewest
+    that hold a share of the deviation of rewards, and none whose rewards are all equal."""
+    filter_keep: float | None = Field(default=None, gt=0, le=1)
+    """That share; 0.25 for `starpo_s` and 0.9 for `snr` by default."""
     clip_low: float = Field(default=0.2, ge=0, le=1)
     """The probability ratio is clipped below at 1 - clip_low."""
     clip_high: float = Field(default=0.2, ge=0)
     """The probability ratio is clipped above at 1 + clip_high."""
     dual_clip: float | None = Field(default=3.0, gt=1)
     """Bound on the loss of a negative advantage, in multiples of it; none to leave it unbounded."""
-    aggregate: Literal["token", "trajectory"] = "token"
-    """Weights of the surrogate: every token of the mini-batch equally, or every trajectory, then turn, then token
-    equally."""
+    aggregate: Literal["token", "trajectory", "constant"] = "token"
+    """Weights of the surrogate, the KL and the value loss. `token`: every token of the mini-batch equally.
+    `trajectory`: every trajectory, then turn, then token equally. `constant`, as Dr. GRPO: every token 1 /
+    (trajectories * environment.max_turns * agent.max_response_tokens), so that these losses weigh far less against the
+    entropy's."""
     kl_coefficient: float = Field(default=0.0, ge=0)
     """Weight of the KL loss to the frozen starting model; 0 keeps no reference model."""
     kl_kind: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of that KL."""
     critic: CriticConfig = CriticConfig()
+
+    @property
+    def compares_episodes(self) -> str | None:
+        """The setting, if any, that needs several episodes of a task."""
+        if self.filter != "none":
+            return f"algorithm.filter={self.filter}"
+        if self.name == "reinforce_pp":
+            return "algorithm.reinforce_baseline=true" if self.reinforce_baseline else None
+        return None if self.name == "ppo" else f"algorithm.name={self.name}"
 
 
 class EntropyConfig(Section):
@@ -264,8 +295,8 @@ class Config(Section):
             )
         if len(set(self.evaluation.splits)) < len(self.evaluation.splits):
             raise ValueError(f"evaluation.splits names a split twice: {', '.join(self.evaluation.splits)}")
-        if self.algorithm.name == "grpo" and self.rollout.group_size < 2:
-            raise ValueError("algorithm.name=grpo compares episodes of one task: set rollout.group_size to 2 or more")
+        if (comparing := self.algorithm.compares_episodes) and self.rollout.group_size < 2:
+            raise ValueError(f"{comparing} compares episodes of one task: set rollout.group_size to 2 or more")
         if self.model.path == "tiny" and self.imitation.demonstrations == 0:
             raise ValueError(
                 "model.path='tiny' is made from demonstrations: set imitation.demonstrations, or give a model directory"

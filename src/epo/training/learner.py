@@ -21,7 +21,7 @@ from epo.objectives.nucleus import nucleus_entropy
 from epo.packing import pack
 from epo.seeds import CONTROL_STREAM, SHUFFLE_STREAM
 from epo.training.batch import MicroBatch, TokenData, flatten, micro_batches
-from epo.training.credit import grpo_advantages, ppo_advantages
+from epo.training.credit import critic_free_advantages, kept_groups, ppo_advantages
 from epo.training.policy import Critic, Policy
 from epo.types import PackedBatch, Trajectory, TrajectoryGroup
 
@@ -74,17 +74,23 @@ class Learner:
         )
 
     def update(self, groups: Sequence[TrajectoryGroup], *, step: int) -> dict[str, float]:
-        """Train on the survivors of `groups`; returns metrics. A step without survivors changes nothing."""
+        """Train on the survivors of the task groups that the filter keeps; returns metrics.
+
+        A step without survivors, or of which the filter keeps nothing, changes nothing. The entropy control, too, sees
+        the kept tokens only.
+        """
         survivors = [group.survivors for group in groups if group.survivors]
-        if not survivors:
-            return {"update/optimizer_steps": 0.0}
-        data = self._prepare(survivors)
+        kept = kept_groups(survivors, self.config.algorithm) if survivors else []
+        filtering = {} if self.config.algorithm.filter == "none" else {"filter/kept_groups": float(len(kept))}
+        if not kept:
+            return {"update/optimizer_steps": 0.0, **filtering}
+        data = self._prepare(kept)
         rate = self._set_learning_rate(step)
         metrics: dict[str, float] = defaultdict(float)
         shuffle = np.random.default_rng([self.config.seed, SHUFFLE_STREAM, step])
         steps = 0
         for _ in range(self.config.optimizer.epochs):
-            for trajectory_ids in _minibatches(survivors, self.config.optimizer.minibatches, shuffle):
+            for trajectory_ids in _minibatches(kept, self.config.optimizer.minibatches, shuffle):
                 contribution = self._minibatch(data, trajectory_ids, step=step, number=steps)
                 for name, value in contribution.items():
                     metrics[name] += value
@@ -98,6 +104,7 @@ class Learner:
         return {
             **averaged,
             **self._data_metrics(data),
+            **filtering,
             "sampler/mismatch_kl": mismatch,
             "update/optimizer_steps": float(steps),
             "update/skipped": skipped,
@@ -118,7 +125,7 @@ class Learner:
             values_N = self._values(batch, tokens)
             advantages_N, returns_N = ppo_advantages(trajectories, tokens, values_N, algorithm)
         else:
-            advantages_N = grpo_advantages(survivors, tokens, algorithm)
+            advantages_N = critic_free_advantages(survivors, tokens, algorithm)
         return _StepData(
             batch=batch,
             tokens=tokens,
@@ -178,9 +185,12 @@ class Learner:
         return metrics
 
     def _weights(self, tokens: TokenData, member_N: Tensor, aggregate: str) -> Tensor:
-        """Weights of the mini-batch's tokens; they sum to 1."""
+        """Weights of the mini-batch's tokens; they sum to 1, but for `constant`, which has no token count in it."""
         if aggregate == "token":
             return member_N.float() / member_N.sum()
+        if aggregate == "constant":
+            longest = self.config.environment.max_turns * self.config.agent.max_response_tokens
+            return member_N.float() / (len(tokens.trajectory_ids_N[member_N].unique()) * longest)
         weights_N = torch.zeros_like(tokens.old_logprobs_N)
         found = trajectory_weights(tokens.trajectory_ids_N[member_N], tokens.turn_ids_N[member_N])
         weights_N[member_N] = found.to(weights_N.dtype)
@@ -253,14 +263,16 @@ class Learner:
         with torch.no_grad():
             # The tokens were drawn from the old policy, so this estimates KL(old || new) without bias.
             kl_n = kl_penalty(tokens.old_logprobs_N[index_n], logprobs_n, kind="k3")
-            metrics["policy/kl"] += (weights_n * kl_n).sum().item()
-            metrics["policy/clip_fraction"] += (weights_n * surrogate.is_clipped_N).sum().item()
+            # Metrics are means, whatever the weights of the loss add up to.
+            shares_n = weights_n / part.weights_N.sum()
+            metrics["policy/kl"] += (shares_n * kl_n).sum().item()
+            metrics["policy/clip_fraction"] += (shares_n * surrogate.is_clipped_N).sum().item()
             if on_policy:
-                metrics["sampler/mismatch_kl"] += (weights_n * kl_n).sum().item()
+                metrics["sampler/mismatch_kl"] += (shares_n * kl_n).sum().item()
         if data.reference_N is not None:
-            kl_loss = (weights_n * kl_penalty(logprobs_n, data.reference_N[index_n], kind=algorithm.kl_kind)).sum()
-            loss = loss + algorithm.kl_coefficient * kl_loss
-            metrics["policy/reference_kl"] += kl_loss.item()
+            reference_kl_n = kl_penalty(logprobs_n, data.reference_N[index_n], kind=algorithm.kl_kind)
+            loss = loss + algorithm.kl_coefficient * (weights_n * reference_kl_n).sum()
+            metrics["policy/reference_kl"] += (shares_n * reference_kl_n.detach()).sum().item()
         if self.critic is not None:
             assert data.values_N is not None and data.returns_N is not None
             values_B_T = self.critic(hidden_B_T_D, micro.token_ids_B_T)
