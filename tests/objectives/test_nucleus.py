@@ -1,0 +1,154 @@
+"""Entropy of the nucleus: what its tiles, dtypes and the order of the vocabulary must not change."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from epo.objectives.nucleus import logits_nucleus_entropy, nucleus_entropy
+
+
+class LargestTensor(TorchDispatchMode):
+    """The greatest number of elements that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.elements = max(self.elements, *sizes, 0)
+        return result
+
+
+def test_tokens_times_vocabulary_never_exists_neither_forward_nor_backward() -> None:
+    num, vocab, dim, tile = 96, 128, 4, 8
+    hidden = torch.randn(num, dim, requires_grad=True)
+    weight = torch.randn(vocab, dim, requires_grad=True)
+    kept = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept = max(kept, tensor.numel())
+        return tensor
+
+    with LargestTensor() as largest:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            entropy = nucleus_entropy(hidden, weight, top_p=0.8, tile_tokens=tile)
+        entropy.sum().backward()
+    assert hidden.grad is not None and weight.grad is not None
+    assert largest.elements == tile * vocab
+    # Between the passes nothing of a tile's size is alive: the weight is the largest that is kept.
+    assert kept <= vocab * dim
+
+
+def test_the_meter_of_that_test_sees_what_it_must() -> None:
+    with LargestTensor() as largest:
+        nucleus_entropy(torch.randn(96, 4), torch.randn(128, 4), top_p=0.8, tile_tokens=96)
+    assert largest.elements == 96 * 128
+
+
+@settings(max_examples=40, deadline=None)
+@given(vocab=st.integers(1, 12), top_p=st.floats(0.05, 0.95), temperature=st.floats(0.3, 3), seed=st.integers(0, 999))
+def test_gradient_is_minus_q_times_log_q_plus_entropy_inside_and_nothing_outside(
+    vocab: int, top_p: float, temperature: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(vocab, generator=generator, dtype=torch.float64, requires_grad=True)
+    entropy = logits_nucleus_entropy(logits / temperature, top_p=top_p)
+    (slopes,) = torch.autograd.grad(entropy, logits)
+    masses = [math.exp(z / temperature) for z in logits.tolist()]
+    inside: list[int] = []
+    for token in sorted(range(vocab), key=lambda token: -masses[token]):
+        inside.append(token)
+        if sum(masses[i] for i in inside) >= top_p * sum(masses):
+            break
+    total = sum(masses[i] for i in inside)
+    q = {i: masses[i] / total for i in inside}
+    by_hand = -sum(p * math.log(p) for p in q.values())
+    assert entropy.item() == pytest.approx(by_hand, rel=1e-9, abs=1e-12)
+    expected = [-q[i] * (math.log(q[i]) + by_hand) / temperature if i in q else 0.0 for i in range(vocab)]
+    assert slopes.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(top_p=st.floats(0.05, 1.0), seed=st.integers(0, 999))
+def test_names_and_order_of_tokens_do_not_matter_also_where_they_tie(top_p: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(0, 3, (4, 10), generator=generator).double()
+    order = torch.randperm(10, generator=generator)
+    expected = logits_nucleus_entropy(logits, top_p=top_p)
+    torch.testing.assert_close(logits_nucleus_entropy(logits[:, order], top_p=top_p), expected, rtol=1e-12, atol=1e-12)
+    # Rows are apart from each other, whatever their arrangement.
+    cube = logits_nucleus_entropy(logits.view(2, 2, 10), top_p=top_p)
+    assert torch.equal(cube, expected.view(2, 2))
+
+
+def test_uniform_logits_have_the_logarithm_of_the_nucleus() -> None:
+    """Ten alike: 0.75 of the mass needs eight."""
+    found = logits_nucleus_entropy(torch.zeros(10, dtype=torch.float64), top_p=0.75)
+    assert found.item() == pytest.approx(math.log(8))
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 999), tops=st.tuples(st.floats(0.05, 1.0), st.floats(0.05, 1.0)))
+def test_entropy_is_at_most_that_of_its_size_and_never_negative(seed: int, tops: tuple[float, float]) -> None:
+    logits = 3 * torch.randn(5, 20, generator=torch.Generator().manual_seed(seed))
+    low, high = (logits_nucleus_entropy(logits, top_p=top_p) for top_p in sorted(tops))
+    assert (low >= 0).all()
+    # A larger nucleus adds less likely tokens only: its entropy is not smaller.
+    assert (high >= low - 1e-6).all()
+    assert (high <= math.log(20) + 1e-6).all()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_inputs_are_computed_in_float32_also_under_autocast(autocast: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(16, 8, generator=generator).bfloat16().requires_grad_()
+    weight = torch.randn(50, 8, generator=generator).bfloat16().requires_grad_()
+    exact_hidden = hidden.detach().double().requires_grad_()
+    exact = nucleus_entropy(exact_hidden, weight.detach().double(), top_p=0.9)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        found = nucleus_entropy(hidden, weight, top_p=0.9, tile_tokens=5)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+    (slope,) = torch.autograd.grad(found.sum(), hidden, retain_graph=True)
+    (weight_slope,) = torch.autograd.grad(found.sum(), weight)
+    (expected,) = torch.autograd.grad(exact.sum(), exact_hidden)
+    assert slope.dtype == weight_slope.dtype == torch.bfloat16
+    torch.testing.assert_close(slope.double(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_without_gradient_the_values_are_the_same_bit_for_bit() -> None:
+    hidden, weight = torch.randn(9, 4, requires_grad=True), torch.randn(30, 4, requires_grad=True)
+    with torch.no_grad():
+        plain = nucleus_entropy(hidden, weight, top_p=0.8, tile_tokens=4)
+    assert not plain.requires_grad
+    assert torch.equal(plain, nucleus_entropy(hidden, weight, top_p=0.8, tile_tokens=4).detach())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"hidden_N_D": torch.zeros(2, 4)}, r"got \[2, 4\] and \[5, 3\]"),
+        ({"head_bias": torch.zeros(4)}, r"head_bias must be \[5\], got \[4\]"),
+        ({"temperature": 0.0}, "temperature must be > 0, got 0.0"),
+        ({"tile_tokens": 0}, "tile_tokens must be at least 1, got 0"),
+        ({"top_p": math.nan}, r"top_p must lie in \(0, 1\], got nan"),
+    ],
+)
+def test_bad_values_are_refused_by_name(changed: dict[str, Any], message: str) -> None:
+    options: dict[str, Any] = {"hidden_N_D": torch.zeros(2, 3), "head_weight_V_D": torch.zeros(5, 3), "top_p": 0.8}
+    with pytest.raises(ValueError, match=message):
+        nucleus_entropy(**{**options, **changed})
+    with pytest.raises(ValueError, match=r"V >= 1, got \[2, 0\]"):
+        logits_nucleus_entropy(torch.zeros(2, 0), top_p=0.5)
