@@ -152,3 +152,9 @@ def test_bad_values_are_refused_by_name(changed: dict[str, Any], message: str) -
         nucleus_entropy(**{**options, **changed})
     with pytest.raises(ValueError, match=r"V >= 1, got \[2, 0\]"):
         logits_nucleus_entropy(torch.zeros(2, 0), top_p=0.5)
+
+
+def test_the_whole_mass_leaves_no_token_out_however_unlikely() -> None:
+    logits = torch.linspace(0, -25, 4000).requires_grad_()
+    (slopes,) = torch.autograd.grad(logits_nucleus_entropy(logits, top_p=1.0), logits)
+    assert (slopes != 0).all()
