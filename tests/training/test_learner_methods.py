@@ -18,7 +18,11 @@ from epo.training.policy import Policy
 MakePolicy = Callable[..., Policy]
 MakeConfig = Callable[..., Config]
 
-ALGORITHMS = {"ppo": ("algorithm.name=ppo",), "grpo": ("algorithm.name=grpo", "rollout.group_size=2")}
+ALGORITHMS = {
+    "ppo": ("algorithm.name=ppo",),
+    "grpo": ("algorithm.name=grpo", "rollout.group_size=2"),
+    "gigpo": ("algorithm.name=gigpo", "rollout.group_size=2"),
+}
 REQUIRED: dict[str, tuple[str, ...]] = {
     "clip_higher": ("entropy.clip_high=5",),
     "entropic": ("entropy.threshold=0",),

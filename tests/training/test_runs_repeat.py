@@ -21,12 +21,19 @@ GRPO_EPO_KL = (
     "rollout.tasks_per_step=2",
     "rollout.group_size=2",
     "algorithm.kl_coefficient=0.1",
-    "entropy={method: epo, history: per_turn, kappa_low: 0.9, kappa_high: 1.1, coefficient: 0.05}",
+    "entropy={method: epo, reference: per_turn, kappa_low: 0.9, kappa_high: 1.1, coefficient: 0.05}",
 )
+GROUPS_OF_TWO = ("rollout.tasks_per_step=2", "rollout.group_size=2")
+GIGPO_SIREN = ("algorithm.name=gigpo", *GROUPS_OF_TWO, "entropy={method: siren, coefficient: 1, quantile: 0.5}")
+RLOO_CLIP_COV = ("algorithm.name=rloo", *GROUPS_OF_TWO, "entropy={method: clip_cov, ratio: 0.2, lower: 0.0}")
+REINFORCE_ENTROPIC = ("algorithm.name=reinforce_pp", "entropy={method: entropic, threshold: 0.1}")
 VARIANTS = [
     pytest.param(PPO_EPO, id="ppo-epo-shared-critic"),
     pytest.param(PPO_SEPARATE, id="ppo-separate-critic"),
     pytest.param(GRPO_EPO_KL, id="grpo-epo-kl"),
+    pytest.param(GIGPO_SIREN, id="gigpo-siren"),
+    pytest.param(RLOO_CLIP_COV, id="rloo-clip-cov"),
+    pytest.param(REINFORCE_ENTROPIC, id="reinforce-entropic"),
 ]
 
 
