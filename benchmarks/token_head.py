@@ -379,7 +379,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         height = 0.8 / len(cells)
         for axis, field, scale, title in (
             (row[0], "wall_ratio", 1.0, "time relative to naive"),
-            (row[1], "above_weight_gradient_bytes", 2.0**-20, "peak memory above the weight gradient, MiB"),
+            (row[1], "above_weight_gradient_bytes", 2.0**-20, "peak above the weight gradient, MiB"),
         ):
             for number, cell in enumerate(cells):
                 values = [cell["cases"][case][field] * scale for case in cases]
@@ -392,6 +392,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
             axis.spines[["top", "right"]].set_visible(False)
         row[0].axvline(1.0, color="grey", linewidth=0.8)
         row[1].set_xscale("log")
+        row[1].set_xlim(left=1.0)
         row[1].legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=120)
 
