@@ -16,7 +16,7 @@ from epo.config import AlgorithmConfig, Config
 from epo.objectives import make_control
 from epo.packing import pack
 from epo.training.batch import flatten
-from epo.training.credit import critic_free_advantages, kept_groups
+from epo.training.credit import critic_free_advantages, kept_groups, ppo_advantages
 from epo.training.learner import Learner
 from epo.training.policy import Policy
 from epo.types import StopReason, Trajectory, TrajectoryGroup
@@ -33,7 +33,9 @@ CRITIC_FREE = {
     "reinforce-pp": "name: reinforce_pp, gamma: 0.9",
     "reinforce-pp-baseline": "name: reinforce_pp, reinforce_baseline: true",
     "gigpo": "name: gigpo",
-    "gigpo-row-std": "name: gigpo, group_statistics: row, gigpo_normalise_std: true, gigpo_weight: 0.5, gigpo_gamma: 0.8",
+    "gigpo-row-std": (
+        "name: gigpo, group_statistics: row, gigpo_normalise_std: true, gigpo_weight: 0.5, gigpo_gamma: 0.8"
+    ),
 }
 ALGORITHMS = {
     "ppo": "name: ppo",
@@ -212,6 +214,21 @@ def test_another_group_changes_nothing(name: str, minute_config: MakeConfig) -> 
     assert credit(made, config)[: len(alone)] == alone
 
 
+@pytest.mark.parametrize("name", CRITIC_FREE)
+def test_the_order_of_groups_and_of_their_members_is_no_matter(name: str, minute_config: MakeConfig) -> None:
+    config = minute_config(*algorithm(CRITIC_FREE[name])).algorithm
+    made = [group.trajectories for group in made_groups(4)]
+
+    def by_trajectory(some: list[list[Trajectory]]) -> dict[int, list[float]]:
+        members = [t for group in some for t in group]
+        parts = torch.tensor(credit(some, config)).split([t.num_tokens for t in members])
+        return {id(t): part.tolist() for t, part in zip(members, parts, strict=True)}
+
+    forward, backward = by_trajectory(made), by_trajectory([group[::-1] for group in made[::-1]])
+    for key, values in forward.items():
+        assert values == pytest.approx(backward[key], rel=1e-4, abs=1e-5)
+
+
 def test_rows_weigh_long_episodes_more(minute_config: MakeConfig) -> None:
     """Rewards 1 and 0 of a single turn and of three: four rows of mean 1/4 and unbiased deviation 1/2."""
     rng = np.random.default_rng(0)
@@ -227,7 +244,78 @@ def test_the_critics_algorithm_is_refused_without_one() -> None:
         credit(made, AlgorithmConfig(name="ppo"))
 
 
+# ---------------------------------------------------------------- from a critic
+
+
+def delta_sum(rewards: list[float], values: list[float], gamma: float, lam: float) -> list[float]:
+    following = [*values[1:], 0.0]
+    return [
+        sum((gamma * lam) ** (j - s) * (rewards[j] + gamma * following[j] - values[j]) for j in range(s, len(values)))
+        for s in range(len(values))
+    ]
+
+
+def brute_critic(advantage: str, t: Trajectory, values: list[float], gamma: float, lam: float) -> list[float]:
+    ends = np.cumsum([len(turn.response_ids) for turn in t.turns])
+    turns = [values[end - len(turn.response_ids) : end] for end, turn in zip(ends, t.turns, strict=True)]
+    earned = [turn.environment_reward - turn.penalty for turn in t.turns]
+    match advantage:
+        case "turn":
+            of_turns = delta_sum(earned, [v[0] for v in turns], gamma, lam)
+            return [a for a, v in zip(of_turns, turns, strict=True) for _ in v]
+        case "token":
+            at_ends = [r for reward, v in zip(earned, turns, strict=True) for r in [0.0] * (len(v) - 1) + [reward]]
+            return delta_sum(at_ends, values, gamma, lam)
+        case "within_turn":
+            at_ends = [[0.0] * (len(v) - 1) + [reward] for reward, v in zip(paid(t), turns, strict=True)]
+            return [a for r, v in zip(at_ends, turns, strict=True) for a in delta_sum(r, v, gamma, lam)]
+    # Inside a turn nothing is discounted: every token is short of the turn's worth by its value.
+    of_turns = delta_sum(earned, [v[-1] for v in turns], gamma, lam)
+    return [a + v[-1] - value for a, v in zip(of_turns, turns, strict=True) for value in v]
+
+
+@pytest.mark.parametrize("advantage", ["turn", "within_turn", "token", "bilevel"])
+def test_a_critics_advantages_of_literal_tokens(advantage: str, minute_config: MakeConfig) -> None:
+    words = f"name: ppo, advantage: {advantage}, whiten: false, gamma: 0.9, lam: 0.7"
+    config = minute_config(*algorithm(words)).algorithm
+    flat = [t for group in made_groups(5) for t in group.trajectories]
+    data = flatten(pack(flat), flat, device=torch.device("cpu"))
+    values_N = torch.randn(len(data.turn_ids_N), generator=torch.Generator().manual_seed(0))
+    parts = values_N.split([t.num_tokens for t in flat])
+    expected = [a for t, v in zip(flat, parts, strict=True) for a in brute_critic(advantage, t, v.tolist(), 0.9, 0.7)]
+    found_N, returns_N = ppo_advantages(flat, data, values_N, config)
+    assert found_N.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    if advantage != "turn":  # whose tokens share the return of the first
+        torch.testing.assert_close(returns_N, found_N + values_N)
+
+
 # ---------------------------------------------------------------- Dr. GRPO's constant
+
+
+@pytest.mark.parametrize(("aggregate", "depends"), [("constant", False), ("token", True), ("trajectory", False)])
+def test_how_long_other_episodes_are(
+    aggregate: str, depends: bool, make_sharp_policy: MakePolicy, minute_config: MakeConfig
+) -> None:
+    """A second group teaches nothing. Do its lengths change what the first group's tokens do to the weights?"""
+    rng = np.random.default_rng(2)
+    members = [trajectory(rng, turns=2, rewards=[0.0, reward]) for reward in (0.0, 1.0)]
+    teaching = TrajectoryGroup(task=members[0].task, trajectories=members)
+    found = []
+    for turns in (1, 7):
+        idle = [trajectory(rng, turns=turns, task="idle", rewards=[0.0] * turns) for _ in range(2)]
+        learner = make_learner(
+            make_sharp_policy,
+            minute_config,
+            *algorithm(f"name: dr_grpo, aggregate: {aggregate}"),
+            "optimizer.minibatches=1",
+            "optimizer.grad_clip=1e9",
+            "optimizer.microbatch_tokens=64",
+        )
+        learner.update([teaching, TrajectoryGroup(task=idle[0].task, trajectories=idle)], step=0)
+        found.append(torch.cat([p.grad.flatten() for p in learner.policy.parameters() if p.grad is not None]))
+    assert bool(found[0].any())
+    difference = float((found[0] - found[1]).abs().max() / found[0].abs().max())
+    assert difference > 0.1 if depends else difference < 1e-4
 
 
 def test_a_constant_length_scales_the_gradient(make_sharp_policy: MakePolicy, minute_config: MakeConfig) -> None:
@@ -308,6 +396,19 @@ def test_a_step_of_which_nothing_is_kept_changes_nothing(
     assert same(before, state(learner))
     assert learner.control.state_dict() == history
     assert learner.policy.version == version
+
+
+def test_a_lost_episode_does_not_make_a_group_worth_keeping(
+    make_sharp_policy: MakePolicy, minute_config: MakeConfig
+) -> None:
+    made = spread(3, [0.0, 0.5])
+    lost = trajectory(np.random.default_rng(1), turns=2, task="0", rewards=[0.0, 100.0])
+    lost.stop_reason = StopReason.ENVIRONMENT_ERROR
+    made[0].trajectories.append(lost)
+    learner = make_learner(make_sharp_policy, minute_config, *algorithm("name: rloo, filter: starpo_s"))
+    metrics = learner.update(made, step=0)
+    assert metrics["filter/kept_groups"] == 1
+    assert metrics["tokens/trained"] == sum(t.num_tokens for t in made[1].trajectories)
 
 
 def test_no_filter_keeps_what_is_there() -> None:
