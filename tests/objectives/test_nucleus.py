@@ -1,18 +1,20 @@
-"""Entropy of the nucleus: what its tiles, dtypes and the order of the vocabulary must not change."""
+"""Entropy of the nucleus: its definition, and what tiles, dtypes and the order of the vocabulary must not change."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from epo.objectives import token_logprobs_and_entropy
 from epo.objectives.nucleus import logits_nucleus_entropy, nucleus_entropy
 
 
@@ -158,3 +160,93 @@ def test_the_whole_mass_leaves_no_token_out_however_unlikely() -> None:
     logits = torch.linspace(0, -25, 4000).requires_grad_()
     (slopes,) = torch.autograd.grad(logits_nucleus_entropy(logits, top_p=1.0), logits)
     assert (slopes != 0).all()
+
+
+def brute_nucleus(logits: list[float], top_p: float) -> float:
+    """Sort, keep until the mass is reached, renormalise, -sum p log p."""
+    highest = max(logits)
+    masses = sorted((math.exp(z - highest) for z in logits), reverse=True)
+    total = sum(masses)
+    kept: list[float] = []
+    for mass in masses:
+        kept.append(mass)
+        if sum(kept) / total >= top_p:
+            break
+    return -sum(m / sum(kept) * math.log(m / sum(kept)) for m in kept if m > 0)
+
+
+def is_on_an_edge(logits: list[float], top_p: float) -> bool:
+    """Rounding decides whether one more token belongs to the nucleus."""
+    masses = sorted(torch.tensor(logits, dtype=torch.float64).softmax(-1).tolist(), reverse=True)
+    return any(abs(mass - top_p) < 1e-9 for mass in np.cumsum(masses))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    rows=st.lists(st.lists(st.floats(-6, 6), min_size=7, max_size=7), min_size=1, max_size=4),
+    top_p=st.floats(0.01, 0.999),
+)
+def test_nucleus_entropy_is_the_definition(rows: list[list[float]], top_p: float) -> None:
+    assume(not any(is_on_an_edge(row, top_p) for row in rows))
+    found = logits_nucleus_entropy(torch.tensor(rows, dtype=torch.float64), top_p=top_p)
+    assert found.tolist() == pytest.approx([brute_nucleus(row, top_p) for row in rows], rel=1e-9, abs=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    num=st.integers(0, 6),
+    tile=st.integers(1, 8),
+    temperature=st.floats(0.4, 2),
+    has_bias=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_any_tiling_gives_the_same_values_and_gradients(
+    num: int, tile: int, temperature: float, has_bias: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight, bias, upstream = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((num, 3), (11, 3), (11,), (num,))
+    )
+
+    def run(fused: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        leaves = [x.clone().requires_grad_() for x in ((hidden, weight, bias) if has_bias else (hidden, weight))]
+        head_bias = leaves[2] if has_bias else None
+        if fused:
+            options: dict[str, Any] = {"temperature": temperature, "tile_tokens": tile}
+            found = nucleus_entropy(leaves[0], leaves[1], top_p=0.7, head_bias=head_bias, **options)
+        else:
+            logits = torch.nn.functional.linear(leaves[0], leaves[1], head_bias) / temperature
+            found = logits_nucleus_entropy(logits, top_p=0.7)
+        if num == 0:
+            return found, ()
+        return found.detach(), torch.autograd.grad((found * upstream).sum(), leaves)
+
+    (tiled, gradients), (whole, expected) = run(True), run(False)
+    torch.testing.assert_close(tiled, whole, rtol=1e-12, atol=1e-14)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_gradient_agrees_with_finite_differences() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.3, -0.5, -1.0]], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda z: logits_nucleus_entropy(z, top_p=0.8), [logits])
+
+
+def test_the_whole_mass_is_the_whole_entropy_and_one_likely_token_has_none() -> None:
+    hidden, weight = torch.randn(4, 3), torch.randn(9, 3)
+    _, full = token_logprobs_and_entropy(hidden, weight, torch.zeros(4, dtype=torch.long))
+    torch.testing.assert_close(nucleus_entropy(hidden, weight, top_p=1.0), full, rtol=1e-5, atol=1e-5)
+    sharp = torch.tensor([[9.0, 0.0, -torch.inf]])
+    assert logits_nucleus_entropy(sharp, top_p=0.5).item() == 0.0
+    bias = torch.tensor([0.0] * 8 + [-torch.inf])
+    _, without_last = token_logprobs_and_entropy(hidden, weight[:8], torch.zeros(4, dtype=torch.long))
+    found = nucleus_entropy(hidden, weight, top_p=1.0, head_bias=bias)
+    torch.testing.assert_close(found, without_last, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("top_p", [0.0, 1.1])
+def test_a_nucleus_needs_a_mass(top_p: float) -> None:
+    with pytest.raises(ValueError, match="top_p"):
+        logits_nucleus_entropy(torch.zeros(1, 2), top_p=top_p)
+    with pytest.raises(ValueError, match="top_p"):
+        nucleus_entropy(torch.zeros(1, 2), torch.zeros(3, 2), top_p=top_p)
