@@ -97,6 +97,10 @@ def test_rounding_is_no_difference() -> None:
     found = tensors([[once, twice], [0.0, 1e-6]])
     assert snr(found, keep=1.0) == [1]
     assert starpo_s(found, keep=0.5) == [1]
+    for dtype in (torch.float32, torch.float64):
+        assert snr([torch.tensor([once, twice], dtype=dtype), torch.tensor([0.1 + 0.2, 0.3], dtype=dtype)]) == []
+    next_to_one = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
+    assert snr([torch.stack([torch.tensor(1.0), next_to_one])]) == []
 
 
 def test_a_group_of_one_and_integer_rewards() -> None:

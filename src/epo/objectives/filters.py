@@ -67,7 +67,8 @@ def snr(rewards: Sequence[Tensor], *, keep: float = 0.9) -> list[int]:
     wanted = keep * math.fsum(deviations) * (1 - ROUNDING)
     kept: list[int] = []
     for position in _by_size(deviations):
-        if deviations[position] == 0 or math.fsum(deviations[i] for i in kept) >= wanted:
+        # Groups without deviation come last, and those before them hold all there is.
+        if math.fsum(deviations[i] for i in kept) >= wanted:
             break
         kept.append(position)
     return sorted(kept)
