@@ -33,7 +33,7 @@ vectors = st.lists(st.floats(-3, 3), min_size=2, max_size=4)
 @settings(max_examples=100, deadline=None)
 @given(rewards=vectors, seed=st.integers(0, 1000), weight=st.sampled_from([0.01, 0.3, 2.0]))
 def test_one_state_gradient_dominates_the_gap(rewards: list[float], seed: int, weight: float) -> None:
-    """||grad||^2 >= 2 tau (min p)^2 (J* - J) for J = p r + tau H (Mei et al. 2020, lemma 15, for one state)."""
+    """||grad||^2 >= 4 tau (min p)^2 (J* - J) for J = p r + tau H, as lemma 15 of Mei et al. 2020 with 2 for 4."""
     reward_A = torch.tensor(rewards, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     logits_A = torch.randn(len(rewards), generator=generator, dtype=torch.float64).requires_grad_()
@@ -41,7 +41,7 @@ def test_one_state_gradient_dominates_the_gap(rewards: list[float], seed: int, w
     objective = policy_A @ reward_A + weight * entropies(logits_A[None])[0]
     (gradient_A,) = torch.autograd.grad(objective, logits_A)
     gap = weight * torch.logsumexp(reward_A / weight, -1) - objective
-    assert gradient_A.square().sum() >= 2 * weight * policy_A.min() ** 2 * gap - 1e-13
+    assert gradient_A.square().sum() >= 4 * weight * policy_A.min() ** 2 * gap - 1e-13
 
 
 @settings(max_examples=150, deadline=None)
@@ -74,7 +74,7 @@ def test_the_bound_holds_for_the_gradient_epo_trains_with(
     region_S = 1 + alpha * (entropy_S < low).double() - alpha * (entropy_S > high).double()
     weight_S = coefficient * region_S * state_weights(problem, policy_S_A) / visits_S
     floor_S = policy_S_A.min(-1).values
-    spread = float((best_visits_S / (2 * weight_S * visits_S**2 * floor_S**2)).max())
+    spread = float((best_visits_S / (4 * weight_S * visits_S**2 * floor_S**2)).max())
     surplus_S = entropy_S + torch.xlogy(best_S_A, best_S_A).sum(-1)
     bias = float((best_visits_S * weight_S * surplus_S).sum())
     loss = optimal_value(problem) - value(problem, policy_S_A).item()
@@ -95,14 +95,14 @@ def test_the_bound_along_a_run_tends_to_the_entropy_bias_alone() -> None:
         policy_S_A, entropy_S = logits_S_A.softmax(-1), entropies(logits_S_A)
         epsilon = float(epo_gradient(problem, logits_S_A, control).norm())
         weight_S = (1 - 0.1 * (entropy_S > 0.5).double()) / 2
-        first = epsilon**2 / (2 * float(weight_S.min()) * float(policy_S_A.min()) ** 2)
+        first = epsilon**2 / (4 * float(weight_S.min()) * float(policy_S_A.min()) ** 2)
         loss = optimal_value(problem) - value(problem, policy_S_A).item()
         rows.append((steps, first, float(weight_S @ entropy_S), loss))
         for _ in range(100):
             logits_S_A = logits_S_A + epo_gradient(problem, logits_S_A, control)
     assert all(loss <= first + second + 1e-12 for _, first, second, loss in rows)
     assert all(second <= math.log(3) for _, _, second, _ in rows)
-    assert rows[0][1:] == pytest.approx((0.941, 0.989, 0.967), abs=1e-3)
+    assert rows[0][1:] == pytest.approx((0.470, 0.989, 0.967), abs=1e-3)
     assert rows[1][1:] == pytest.approx((0.0, 0.720, 0.395), abs=1e-3)
     assert 0 < rows[-1][1] < 1e-12
     assert rows[-1][2:] == pytest.approx((0.720, 0.395), abs=1e-3)
