@@ -88,6 +88,12 @@ def test_unknown_keys_name_the_nearest(override: str, expected: str) -> None:
         ("algorithm.filter=snr", "algorithm.filter=snr compares episodes of one task: set rollout.group_size"),
         ("algorithm.filter_keep=0", "algorithm.filter_keep=0"),
         ("imitation.demonstrations=0", "set imitation.demonstrations, or give a model directory"),
+        (
+            "algorithm.filter_keep=0.5",
+            "algorithm: filter_keep=0.5 does nothing without a filter: set filter to starpo_s",
+        ),
+        ("algorithm.gigpo_weight=2", "gigpo_weight=2.0 does nothing with name=ppo: leave it out, or set name to gigpo"),
+        ("algorithm.normalise_std=false", "does nothing with name=ppo: leave it out, or set name to grpo"),
         ("name=[" + "x" * 5000 + "]", "..."),
     ],
 )

@@ -47,9 +47,30 @@ def test_verdicts_say_what_the_profiles_do() -> None:
     assert "until step 25 at least, not later" in half.verdict()
 
 
+def test_a_penalty_that_grows_is_judged_over_the_whole_range() -> None:
+    """squared: the weight above is 1 - 2 alpha beta (h - 2), which crosses zero at 2 + 1 / (2 alpha beta)."""
+    verdict = effective_weights("x", "epo", {"penalty": "squared", "alpha": 0.6}, total_steps=100).verdict()
+    late = 2 + 1 / (2 * 0.6 * (1 + math.exp(-3 * 99 / 50)))
+    assert verdict.startswith("pushes entropy down at every step, the more the higher it is: above 2 H_ref")
+    assert f"until {2 + 1 / 2.4:.2g} to {late:.2g} H_ref" in verdict
+    weak = effective_weights("x", "epo", {"penalty": "squared", "alpha": 0.05}, total_steps=100).verdict()
+    assert "keeps at least 60% of its weight" in weak  # at twice the edge: 1 - 2 * 0.05 * 2 * 2
+
+
+@pytest.mark.parametrize("kappa", [(1e-5, 2.0), (0.0, 0.001), (0.999, 1.0)])
+def test_narrow_corridors_are_measured_where_they_lie(kappa: tuple[float, float]) -> None:
+    low, high = kappa
+    found = effective_weights("x", "epo", {"alpha": 3.0, "kappa_low": low, "kappa_high": high}, total_steps=10)
+    assert found.at(0, found.inside) == pytest.approx(1.0)
+    assert found.at(0, found.above) == pytest.approx(-5.0)
+    assert found.below is None or found.at(0, found.below) == pytest.approx(7.0)
+
+
 def test_settings_without_a_smoothing_term_are_refused() -> None:
     with pytest.raises(UserError, match="has no smoothing term to explain"):
         effective_weights("x", "none", {}, total_steps=9)
+    with pytest.raises(UserError, match="'epo_decay' has no smoothing term"):
+        effective_weights("x", "epo_decay", {"max_turns": 9}, total_steps=9)
     with pytest.raises(UserError, match="coefficient=0"):
         effective_weights("x", "epo", {"coefficient": 0.0}, total_steps=9)
 
@@ -79,3 +100,11 @@ def test_the_plot_has_a_panel_for_each_setting(tmp_path: Path) -> None:
     plot_effective_weights(settings, tmp_path / "a.svg")
     text = (tmp_path / "a.svg").read_text()
     assert text.count("token entropy / historical entropy") == len(settings)
+
+
+@pytest.mark.parametrize("place", ["", "plot", "plot.xyz", "file.txt/plot.png"])
+def test_a_plot_that_cannot_be_written_is_one_line(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file.txt").write_text("")
+    with pytest.raises(UserError, match="--plot"):
+        plot_effective_weights(compare_profiles(total_steps=9), tmp_path / place)
+    assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]

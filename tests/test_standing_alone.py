@@ -53,7 +53,7 @@ def test_the_command_says_what_to_install() -> None:
     done = run("import runpy; sys.argv = ['epo']; runpy.run_module('epo', run_name='__main__')")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "pip install 'epo-agents[train]'" in done.stderr
+    assert "pip install -e '.[train]'" in done.stderr
 
 
 def test_an_import_that_is_missing_in_our_own_code_is_not_hidden() -> None:

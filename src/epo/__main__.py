@@ -13,8 +13,8 @@ def main() -> None:
         if error.name is None or error.name.partition(".")[0] == "epo":
             raise
         sys.stderr.write(
-            f"error: {error.name} is not installed. epo's objectives work without it; the epo command needs more: "
-            "pip install 'epo-agents[train]'\n"
+            f"error: {error.name} is not installed. epo's objectives work without it; the epo command needs the extra "
+            "train. In a checkout: pip install -e '.[train]'\n"
         )
         sys.exit(2)
     run()

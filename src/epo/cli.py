@@ -290,7 +290,6 @@ def smoothing(
         entropy = config.entropy
         label = f"{entropy.method} of {config.name}"
         settings = [effective_weights(label, entropy.method, entropy.options(), total_steps=max(2, config.steps))]
-    plot_effective_weights(settings, plot)
     if as_json:
         _print_json(
             [
@@ -328,6 +327,7 @@ def smoothing(
     stdout.print(table)
     for s in settings:
         stdout.print(f"{s.label}: {s.verdict()}", highlight=False)
+    plot_effective_weights(settings, plot)
     stdout.print(f"plot: {plot}", soft_wrap=True, highlight=False)
 
 

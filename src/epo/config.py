@@ -170,6 +170,29 @@ class AlgorithmConfig(Section):
     """Estimator of that KL."""
     critic: CriticConfig = CriticConfig()
 
+    @model_validator(mode="after")
+    def _options_have_their_algorithm(self) -> Self:
+        owners = {
+            "group_statistics": ("grpo", "gigpo"),
+            "normalise_std": ("grpo",),
+            "reinforce_baseline": ("reinforce_pp",),
+            "gigpo_gamma": ("gigpo",),
+            "gigpo_weight": ("gigpo",),
+            "gigpo_normalise_std": ("gigpo",),
+        }
+        for option, names in owners.items():
+            value = getattr(self, option)
+            if self.name not in names and value != type(self).model_fields[option].default:
+                raise ValueError(
+                    f"{option}={value} does nothing with name={self.name}: leave it out, or set name to "
+                    f"{' or '.join(names)}"
+                )
+        if self.filter == "none" and self.filter_keep is not None:
+            raise ValueError(
+                f"filter_keep={self.filter_keep} does nothing without a filter: set filter to starpo_s or snr"
+            )
+        return self
+
     @property
     def compares_episodes(self) -> str | None:
         """The setting, if any, that needs several episodes of a task."""

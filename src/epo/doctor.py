@@ -37,7 +37,7 @@ def examine() -> list[Check]:
     return [
         _python(),
         _package("torch", "everything", "pip install torch", required=True),
-        _package("transformers", "everything", "pip install 'epo-agents[train]'", required=True),
+        _package("transformers", "everything", "pip install -e '.[train]'", required=True),
         _gpu(),
         _cores(),
         _memory(),
@@ -46,7 +46,7 @@ def examine() -> list[Check]:
         _java(),
         _package("alfworld", "suites household and alfworld", "make alfworld"),
         _alfworld_data(),
-        _package("matplotlib", "plots and reports", "pip install 'epo-agents[train]'"),
+        _package("matplotlib", "plots and reports", "pip install -e '.[train]'"),
         _package("tensorboard", "TensorBoard logs", "pip install -e '.[report]'"),
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 
@@ -185,3 +186,24 @@ def test_importing_objectives_brings_nothing_but_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("method", ["epo", "adaptive", "entropic"])
+def test_an_entropy_that_is_not_finite_is_refused_and_leaves_the_state_alone(method: str) -> None:
+    control = make_control(method)
+    control.observe(ENTROPY, IDS, TURNS)
+    before = control.state_dict()
+    with pytest.raises(ValueError, match="finite"):
+        control.observe(torch.tensor([1.0, math.nan, 1.0]), IDS, TURNS)
+    assert control.state_dict() == before
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_takes_bfloat16(method: str) -> None:
+    low = ENTROPY.bfloat16()
+    control = make_control(method, **NEEDED.get(method, {}))
+    control.shape_advantages(low, low, IDS, TURNS, IDS)
+    marks = control.preview(-low, -low, low, low, IDS, generator=torch.Generator())
+    control.surrogate(-low, -low, low, clip_low=0.2, clip_high=0.2, dual_clip=None, marks_N=marks)
+    control.entropy_loss(low, low, TURNS, step=1, total_steps=4, marks_N=marks)
+    control.observe(low, IDS, TURNS)

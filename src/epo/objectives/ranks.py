@@ -12,9 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# The stubs of torch leave it untyped.
-_all_gather = cast("Callable[..., Any]", dist.all_gather)  # pyright: ignore[reportUnknownMemberType]
-
 
 class Gathered(NamedTuple):
     """Tokens of all ranks in the order of the ranks."""
@@ -50,10 +47,12 @@ def gather_tokens(*tensors_R: Tensor, group: dist.ProcessGroup | None = None) ->
     detached = tuple(tensor.detach() for tensor in tensors_R)
     if not dist.is_available() or not dist.is_initialized():
         return Gathered(detached, slice(0, len(detached[0])))
+    # The stubs of torch leave it untyped; a torch built without distributed does not have it.
+    all_gather = cast("Callable[..., Any]", dist.all_gather)  # pyright: ignore[reportUnknownMemberType]
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     count = torch.tensor([len(detached[0])], device=detached[0].device)
     counts = [torch.zeros_like(count) for _ in range(size)]
-    _all_gather(counts, count, group=group)
+    all_gather(counts, count, group=group)
     lengths = [int(length) for length in counts]
     longest = max(lengths)
     gathered: list[Tensor] = []
@@ -61,7 +60,7 @@ def gather_tokens(*tensors_R: Tensor, group: dist.ProcessGroup | None = None) ->
         # Equal shapes, which every backend can gather.
         padded = torch.cat([tensor, tensor.new_zeros(longest - len(tensor))])
         parts = [torch.empty_like(padded) for _ in range(size)]
-        _all_gather(parts, padded, group=group)
+        all_gather(parts, padded, group=group)
         gathered.append(torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)]))
     start = sum(lengths[:rank])
     return Gathered(tuple(gathered), slice(start, start + lengths[rank]))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from epo.errors import UserError
-from epo.objectives.control import METHODS, make_control
+from epo.objectives.control import METHODS, BonusControl, EPOControl, EPOReleaseControl, make_control
 
 PROFILES: dict[str, tuple[str, dict[str, Any]]] = {
     "epo_base": ("epo_base", {}),
@@ -28,6 +28,7 @@ PROFILES: dict[str, tuple[str, dict[str, Any]]] = {
 # Okabe and Ito's palette: distinguishable with any kind of colour vision; the styles help without colour.
 _LINES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", ":"))
 
+_NOTHING = 1e-9
 _TURN = 29
 """A turn late enough for the release's gate."""
 
@@ -48,45 +49,57 @@ class EffectiveWeights:
     kappa_high: float
 
     def at(self, step: int, ratio: float) -> float:
-        """The measured weight nearest to `ratio` at `step`."""
-        nearest = min(range(len(self.ratios)), key=lambda i: abs(self.ratios[i] - ratio))
-        return self.weights[self.steps.index(step)][nearest]
+        """The weight at a ratio that was measured."""
+        return self.weights[self.steps.index(step)][self.ratios.index(ratio)]
 
     @property
     def below(self) -> float | None:
-        """A ratio below the corridor; None where the corridor has no floor."""
+        """A measured ratio below the corridor; None where the corridor has no floor."""
         return self.kappa_low / 2 if self.kappa_low > 0 else None
 
     @property
     def inside(self) -> float:
+        """A measured ratio inside the corridor."""
         return (self.kappa_low + self.kappa_high) / 2
 
     @property
     def above(self) -> float:
+        """A measured ratio above the corridor."""
         return self.kappa_high + 0.5
 
     def verdict(self) -> str:
         """What these numbers mean for a run, in one line."""
-        highs = [self.at(step, self.above) for step in self.steps]
-        pushed = [step for step, weight in zip(self.steps, highs, strict=True) if weight < -1e-9]
-        if len(pushed) == len(self.steps):
-            ceiling = f"pushes entropy down above {self.kappa_high:g} H_ref at every step"
-        elif pushed:
-            ceiling = (
-                f"pushes entropy down above {self.kappa_high:g} H_ref until step {max(pushed)} at least, not later"
-            )
-        elif min(highs) < 1 - 1e-9:
-            ceiling = (
-                f"never pushes entropy down: above {self.kappa_high:g} H_ref the bonus keeps at least "
-                f"{min(highs):.0%} of its weight"
-            )
-        else:
+        if all(abs(weight - 1) < _NOTHING for weights in self.weights for weight in weights):
             return "no effect: the plain entropy bonus"
+        below, above = self._between(0, self.kappa_low), self._between(self.kappa_high, self.ratios[-1] + 1)
+        ceiling = self._ceiling(above)
         if self.below is None:
             return f"{ceiling}; no floor"
-        lows = [self.at(step, self.below) for step in self.steps]
+        lows = [weight for weights in below for _, weight in weights]
         return (
             f"{ceiling}; below {self.kappa_low:g} H_ref the bonus is {min(lows):.2g} to {max(lows):.2g} times as strong"
+        )
+
+    def _between(self, low: float, high: float) -> list[list[tuple[float, float]]]:
+        """Ratios in (low, high) and their weights, by step."""
+        return [
+            [(ratio, weight) for ratio, weight in zip(self.ratios, weights, strict=True) if low < ratio < high]
+            for weights in self.weights
+        ]
+
+    def _ceiling(self, above: list[list[tuple[float, float]]]) -> str:
+        edge = f"above {self.kappa_high:g} H_ref"
+        lowest = [min(weight for _, weight in weights) for weights in above]
+        pushing = [step for step, weight in zip(self.steps, lowest, strict=True) if weight < -_NOTHING]
+        if not pushing:
+            return f"never pushes entropy down: {edge} the bonus keeps at least {min(lowest):.0%} of its weight"
+        when = "at every step" if len(pushing) == len(self.steps) else f"until step {max(pushing)} at least, not later"
+        starts = [min(ratio for ratio, weight in weights if weight < 0) for weights in above if weights[-1][1] < 0]
+        if max(starts) <= above[0][0][0]:
+            return f"pushes entropy down {edge} {when}"
+        return (
+            f"pushes entropy down {when}, the more the higher it is: {edge} the bonus only weakens until "
+            f"{min(starts):.2g} to {max(starts):.2g} H_ref (for H_ref = 1 nat)"
         )
 
 
@@ -106,16 +119,19 @@ def effective_weights(label: str, method: str, options: Mapping[str, Any], *, to
     """
     control = make_control(method, **options)
     coefficient = getattr(control, "coefficient", None)
-    if coefficient is None or not (method.startswith("epo") or method == "bonus"):
-        names = ", ".join(name for name in METHODS if name.startswith("epo"))
+    has_corridor = hasattr(control, "kappa_low")
+    if coefficient is None or not (has_corridor or type(control) is BonusControl):
+        names = ", ".join(name for name, found in METHODS.items() if found.control in (EPOControl, EPOReleaseControl))
         raise UserError(f"entropy.method={method!r} has no smoothing term to explain; methods that have one: {names}")
     if coefficient == 0:
         raise UserError("entropy.coefficient=0 switches bonus and smoothing off: set it above 0 to see their ratio")
     # A bonus without a corridor is looked at over the same range as the paper's.
     kappa_low, kappa_high = getattr(control, "kappa_low", 0.0), getattr(control, "kappa_high", 2.0)
     top = max(3.0, 2 * kappa_high)
-    # The middle of each of 601 cells, so that no ratio lies exactly on an edge.
-    ratios_G = (torch.arange(601, dtype=torch.float64) + 0.5) * top / 601
+    probes = {kappa_low / 2, (kappa_low + kappa_high) / 2, kappa_high + 0.5}
+    # The middle of each of 601 cells, so that hardly a ratio lies exactly on an edge.
+    grid = {(cell + 0.5) * top / 601 for cell in range(601)}
+    ratios_G = torch.tensor(sorted(grid | probes), dtype=torch.float64)
     turns_G = torch.full(ratios_G.shape, _TURN)
     past = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.long), torch.full((1,), _TURN)
     control.shape_advantages(past[0], *past, past[1])
@@ -132,7 +148,7 @@ def effective_weights(label: str, method: str, options: Mapping[str, Any], *, to
         steps=steps,
         ratios=tuple(ratios_G.tolist()),
         weights=tuple(weights),
-        has_corridor=hasattr(control, "kappa_low"),
+        has_corridor=has_corridor,
         kappa_low=kappa_low,
         kappa_high=kappa_high,
     )
@@ -147,8 +163,15 @@ def compare_profiles(*, total_steps: int) -> list[EffectiveWeights]:
 
 
 def plot_effective_weights(settings: Sequence[EffectiveWeights], path: Path) -> None:
-    """One panel per setting: weight over lambda against entropy over H_ref, a line per step."""
+    """One panel per setting: weight over lambda against entropy over H_ref, a line per step.
+
+    Raises:
+        UserError: `path` cannot be written, or is no image file.
+    """
     from matplotlib.figure import Figure
+
+    if path.is_dir() or not path.suffix:
+        raise UserError(f"--plot {str(path)!r} is not an image file: give a name such as plot.png")
 
     columns = min(3, len(settings))
     rows = -(-len(settings) // columns)
@@ -168,5 +191,9 @@ def plot_effective_weights(settings: Sequence[EffectiveWeights], path: Path) -> 
         axes.set_xlabel("token entropy / historical entropy")
         axes.set_ylabel("weight of the entropy / λ")
         axes.legend(fontsize=7, loc="best")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=130)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--plot {str(path)!r} cannot be written ({reason}): give a file such as plot.png") from None

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from epo.objectives.control.base import Aggregate, EntropyControl, check_aggregate
+from epo.objectives.control.base import Aggregate, EntropyControl, check_aggregate, observed_mean
 from epo.objectives.loss import EntropyTerm, bonus_term
 
 
@@ -20,7 +20,7 @@ class AdaptiveControl(EntropyControl):
 
     Source: Skywork-OR1, arXiv 2505.22312, read in its official code, whose coefficient starts at 0 and changes once,
     after each RL step; equation numbers were not checked. There H is estimated by the mean of -log pi of the sampled
-    tokens, here it is the mean entropy; and a coefficient that starts above 0 acts at once.
+    tokens, here it is the mean entropy; and theirs acts at once if it starts above 0.
     """
 
     def __init__(
@@ -84,9 +84,10 @@ class AdaptiveControl(EntropyControl):
     def observe(self, entropy_N: Tensor, trajectory_ids_N: Tensor, turn_ids_N: Tensor) -> None:
         """Change the coefficient; a batch without tokens changes nothing."""
         del trajectory_ids_N, turn_ids_N
-        if entropy_N.numel() == 0:
+        mean = observed_mean(entropy_N)
+        if mean is None:
             return
-        self._entropy = float(entropy_N.detach().double().mean())
+        self._entropy = mean
         change = self.delta if self._entropy < self.target else -self.delta
         self._coefficient = max(0.0, min(self.maximum, self._coefficient + change))
 

@@ -5,6 +5,7 @@ Legend for tensor suffixes: _N trained tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -178,3 +179,17 @@ def check_aggregate(aggregate: Aggregate) -> Aggregate:
     if aggregate not in ("trajectory", "token"):
         raise ValueError(f"aggregate must be trajectory or token, got {aggregate!r}")
     return aggregate
+
+
+def observed_mean(entropy_N: Tensor) -> float | None:
+    """Token mean in nats of what a control observes; None for no tokens.
+
+    Raises:
+        ValueError: the mean is not finite, and a controller that took it in would never recover.
+    """
+    if entropy_N.numel() == 0:
+        return None
+    mean = float(entropy_N.detach().double().mean())
+    if not math.isfinite(mean):
+        raise ValueError(f"observed entropies must be finite, got a mean of {mean}")
+    return mean

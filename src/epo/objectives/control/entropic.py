@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epo.objectives.control.base import EntropyControl
+from epo.objectives.control.base import EntropyControl, observed_mean
 from epo.objectives.policy import Surrogate, clipped_surrogate, importance_ratio
 
 
@@ -100,9 +100,10 @@ class EntroPICControl(EntropyControl):
 
     def observe(self, entropy_N: Tensor, trajectory_ids_N: Tensor, turn_ids_N: Tensor) -> None:
         del trajectory_ids_N, turn_ids_N
-        if entropy_N.numel() == 0:
+        mean = observed_mean(entropy_N)
+        if mean is None:
             return
-        self._error = float(entropy_N.detach().double().mean()) - self.target
+        self._error = mean - self.target
         self._total_error += self._error
 
     def warnings(self) -> list[str]:

@@ -65,6 +65,8 @@ class SIRENControl(EntropyControl):
     ) -> Tensor:
         """The weight of each token in M; 0 for those that are not selected."""
         del logprobs_N, old_logprobs_N, advantages_N, generator
+        if entropy_N.dtype != torch.float64:
+            entropy_N = entropy_N.float()
         marks_N = torch.zeros_like(entropy_N)
         for trajectory in set(cast("list[int]", trajectory_ids_N.tolist())):  # pyright: ignore[reportUnknownMemberType]
             member_N = trajectory_ids_N == trajectory
