@@ -33,6 +33,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,12 @@ def epo() -> Head:
     from epo.objectives import token_logprobs_and_entropy
 
     return token_logprobs_and_entropy
+
+
+def epo_bfloat16_logits() -> Head:
+    from epo.objectives import token_logprobs_and_entropy
+
+    return partial(token_logprobs_and_entropy, float32_logits=False)
 
 
 def trl_two_calls() -> Head:
@@ -129,6 +136,7 @@ CASES: dict[str, tuple[Callable[[], Head], str]] = {
     "verl_chunked_entropy": (verl_chunked_entropy, "verl, `entropy_from_logits_with_chunking`"),
     "verl_fused": (verl_fused, "verl `FusedLinearForPPO`"),
     "epo": (epo, "epo `token_logprobs_and_entropy`"),
+    "epo_bfloat16_logits": (epo_bfloat16_logits, "the same, `float32_logits=False`"),
 }
 
 
@@ -347,18 +355,20 @@ def tables(result: dict[str, Any]) -> str:
         heads = [f"time, {name}" for name in names] + [f"MiB, {name}" for name in names] + ["errors"]
         lines += ["| | " + " | ".join(heads) + " |", "| --- " * (len(heads) + 1) + "|"]
         for case, (_, title) in CASES.items():
-            found = [cell["cases"][case] for cell in cells if case in cell["cases"]]
-            if len(found) != len(cells):
+            found = [cell["cases"].get(case) for cell in cells]  # None where the case was not measured
+            measured = [one for one in found if one is not None]
+            if not measured:
                 continue
-            entries = [f"{one['wall_ratio']:.2f} ({one['cpu_ratio']:.2f})" for one in found]
-            entries += [f"{one['above_weight_gradient_bytes'] / 2**20:,.0f}" for one in found]
-            value = max(max(one["logprob_error"], one["entropy_error"]) for one in found)
-            gradient = max(max(one["grad_hidden_error"], one["grad_weight_error"]) for one in found)
+            entries = ["-" if one is None else f"{one['wall_ratio']:.2f} ({one['cpu_ratio']:.2f})" for one in found]
+            entries += ["-" if one is None else f"{one['above_weight_gradient_bytes'] / 2**20:,.0f}" for one in found]
+            value = max(max(one["logprob_error"], one["entropy_error"]) for one in measured)
+            gradient = max(max(one["grad_hidden_error"], one["grad_weight_error"]) for one in measured)
             lines.append(f"| {title} | " + " | ".join([*entries, f"{value:.0e}, {gradient:.0e}"]) + " |")
         seconds = ", ".join(f"{cell['cases']['naive']['wall_seconds']:.2f} s" for cell in cells)
+        rounds = ", ".join(str(len(cell["cases"]["naive"]["rounds"])) for cell in cells)
         lines += [
             "",
-            f"The naive way took {seconds}; medians of {len(cells[0]['cases']['naive']['rounds'])} rounds.",
+            f"The naive way took {seconds}; medians of {rounds} rounds.",
             "",
         ]
     return "\n".join(lines)
@@ -375,15 +385,16 @@ def plot(result: dict[str, Any], path: Path) -> None:
     rows = [(shape, cells) for shape, cells in groups(result["cells"]) if shape[2] == vocab]
     figure, axes = plt.subplots(len(rows), 2, figsize=(12, 3.6 * len(rows)), squeeze=False, layout="constrained")
     for row, ((dtype, hidden, _), cells) in zip(axes, rows, strict=True):
-        cases = [case for case in CASES if all(case in cell["cases"] for cell in cells)]
+        cases = [case for case in CASES if any(case in cell["cases"] for cell in cells)]
         height = 0.8 / len(cells)
         for axis, field, scale, title in (
             (row[0], "wall_ratio", 1.0, "time relative to naive"),
             (row[1], "above_weight_gradient_bytes", 2.0**-20, "peak above the weight gradient, MiB"),
         ):
             for number, cell in enumerate(cells):
-                values = [cell["cases"][case][field] * scale for case in cases]
-                places = [place + number * height for place in range(len(cases))]
+                there = [(place, case) for place, case in enumerate(cases) if case in cell["cases"]]
+                values = [cell["cases"][case][field] * scale for _, case in there]
+                places = [place + number * height for place, _ in there]
                 bars = axis.barh(places, values, height, label=f"N = {cell['tokens']:,}")
                 axis.bar_label(bars, fmt="%.2f" if scale == 1.0 else "%.0f", fontsize=7, padding=2)
             axis.set_yticks([place + 0.4 - height / 2 for place in range(len(cases))], cases)

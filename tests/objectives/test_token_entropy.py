@@ -190,6 +190,33 @@ def test_bfloat16_inputs_give_float32_values_and_gradients_within_their_own_roun
         assert relative_error(gradient, reference) < 2**-8
 
 
+def test_bfloat16_logits_are_those_of_a_plain_bfloat16_head() -> None:
+    """As near to it as two orders of the same rounded sums, in values and gradients; never worse against the truth."""
+    hidden, weight, _, targets = random_head(200, 300, 64, dtype=torch.float32)
+    low = [tensor.bfloat16().requires_grad_() for tensor in (hidden, weight / 4)]
+    high = [tensor.detach().double().requires_grad_() for tensor in low]
+    options = {"temperature": 0.9, "tile_tokens": 16, "tile_vocab": 32}
+    found = {
+        "ours": token_logprobs_and_entropy(low[0], low[1], targets, float32_logits=False, **options),
+        "plain": naive((low[0] @ low[1].T).float() / 0.9, targets),
+        "truth": naive(high[0] @ high[1].T / 0.9, targets),
+        "float32": token_logprobs_and_entropy(low[0], low[1], targets, **options),
+    }
+    upstream = torch.randn(2, 200, generator=torch.Generator().manual_seed(1))
+    everything = {}
+    for name, outputs in found.items():
+        total = (upstream[0] * outputs[0] + upstream[1] * outputs[1]).sum()
+        leaves = high if name == "truth" else low
+        everything[name] = [*(x.detach() for x in outputs), *torch.autograd.grad(total, leaves)]
+    for ours, plain, truth, exact in zip(*everything.values(), strict=True):
+        assert relative_error(ours, truth) < 1.2 * relative_error(plain, truth)
+        assert relative_error(exact, truth) < relative_error(ours, truth)
+    assert everything["ours"][0].dtype == torch.float32
+    # float32 inputs have nothing to be rounded to.
+    exact = [token_logprobs_and_entropy(hidden, weight, targets, float32_logits=flag) for flag in (True, False)]
+    assert all(torch.equal(a, b) for a, b in zip(*exact, strict=True))
+
+
 def test_bfloat16_hidden_states_with_a_float32_head_keep_float32_gradients_of_the_head() -> None:
     """What autocast makes of a float32 model: activations are rounded, the head is not."""
     hidden, weight, _, targets = random_head(50, 70, 16, dtype=torch.float32)

@@ -126,6 +126,7 @@ class HeadOptions(NamedTuple):
     softcap: float | None
     tile_tokens: int
     tile_vocab: int
+    float32_logits: bool
 
 
 class FusedHead(torch.autograd.Function):
@@ -146,7 +147,7 @@ class FusedHead(torch.autograd.Function):
             head = _Head(hidden_N_D, weight_V_D, bias_V, options)
             statistics = _RunningStatistics(num, like=hidden_N_D, dtype=head.dtype)
             for vocab in head.vocab_tiles():
-                weight = weight_V_D[vocab].to(head.dtype)
+                weight = weight_V_D[vocab].to(head.factor_dtype)
                 for tokens in head.token_tiles():
                     logits = head.logits(tokens, vocab, weight)
                     statistics.absorb(tokens, logits, head.tile(1, tokens, vocab), targets_N[tokens] - vocab.start)
@@ -176,7 +177,7 @@ class FusedHead(torch.autograd.Function):
                 grad_logprobs_N, grad_entropy_N, entropy_N, lse_N, scale=1.0 / head.options.temperature
             )
             for vocab in head.vocab_tiles():
-                weight = weight_V_D[vocab].to(head.dtype)
+                weight = weight_V_D[vocab].to(head.factor_dtype)
                 low_weight = weight_V_D[vocab].to(low)
                 grad_tile = None if grad_weight is None else head.accumulator(grad_weight[vocab])
                 grad_bias_tile = None if grad_bias is None else grad_bias[vocab].to(head.dtype)
@@ -210,7 +211,9 @@ class _Head:
     def __init__(self, hidden_N_D: Tensor, weight_V_D: Tensor, bias_V: Tensor | None, options: HeadOptions) -> None:
         self.options = options
         self.dtype = _compute_dtype(hidden_N_D, weight_V_D, bias_V)
-        self.hidden_N_D = hidden_N_D.to(self.dtype)
+        low = _product_dtype(hidden_N_D, weight_V_D, self.dtype)
+        self.factor_dtype = self.dtype if options.float32_logits else low
+        self.hidden_N_D = hidden_N_D.to(self.factor_dtype)
         self.num, self.vocab = hidden_N_D.shape[0], weight_V_D.shape[0]
         # What the product is multiplied with: the cap is an odd function of raw / cap, and the temperature comes last.
         self.alpha = 1.0 / (options.temperature if options.softcap is None else options.softcap)
@@ -237,9 +240,13 @@ class _Head:
         return self._buffers.tile(index, tokens.stop - tokens.start, vocab.stop - vocab.start, dtype)
 
     def logits(self, tokens: slice, vocab: slice, weight: Tensor) -> Tensor:
-        """One tile, in buffer 0."""
+        """One tile, in buffer 0; buffer 1 is overwritten if the factors are of a lower precision."""
         out = self.tile(0, tokens, vocab)
-        torch.addmm(out, self.hidden_N_D[tokens], weight.T, beta=0.0, alpha=self.alpha, out=out)
+        if self.factor_dtype == self.dtype:
+            torch.addmm(out, self.hidden_N_D[tokens], weight.T, beta=0.0, alpha=self.alpha, out=out)
+        else:
+            low = torch.mm(self.hidden_N_D[tokens], weight.T, out=self.tile(1, tokens, vocab, self.factor_dtype))
+            out.copy_(low).mul_(self.alpha)
         if self.bias_V is not None:
             out.add_(self.bias_V[vocab])
         if self.options.softcap is not None:

@@ -26,6 +26,7 @@ def token_logprobs_and_entropy(
     head_bias: Tensor | None = None,
     temperature: float = 1.0,
     logit_softcap: float | None = None,
+    float32_logits: bool = True,
     tile_tokens: int = 1024,
     tile_vocab: int = 2048,
 ) -> tuple[Tensor, Tensor]:
@@ -49,6 +50,8 @@ def token_logprobs_and_entropy(
         head_bias: [V] or None; -inf excludes a vocabulary entry.
         temperature: the sampling temperature of the policy that is trained; > 0.
         logit_softcap: c of models that cap their final logits (Gemma 2: `final_logit_softcapping` = 30); > 0, or None.
+        float32_logits: False multiplies the logits of bfloat16 inputs in bfloat16, as a plain bfloat16 head does:
+            faster on a CPU, but every logit is rounded; log-probabilities and entropies are off by up to 0.1.
         tile_tokens: tokens per tile; a smaller tile needs less memory.
         tile_vocab: vocabulary entries per tile. Two tiles of `tile_tokens * tile_vocab` values are alive at once, three
             with a softcap. The defaults are measured on a CPU (docs/token-head.md); a GPU, where every tile costs
@@ -77,7 +80,7 @@ def token_logprobs_and_entropy(
     if logit_softcap is not None and not logit_softcap > 0:
         raise ValueError(f"logit_softcap must be > 0 or None, got {logit_softcap}")
     _check(targets_N, hidden_N_D.shape[:1], vocab, temperature)
-    options = HeadOptions(temperature, logit_softcap, tile_tokens, tile_vocab)
+    options = HeadOptions(temperature, logit_softcap, tile_tokens, tile_vocab, float32_logits)
     return fused_head(hidden_N_D, head_weight_V_D, head_bias, targets_N, options)
 
 
