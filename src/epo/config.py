@@ -43,6 +43,9 @@ class AgentConfig(Section):
     """Subtracted from the reward of a turn whose response lacks the required format."""
     max_response_tokens: int = Field(default=512, ge=1)
     """Tokens after which a response is cut."""
+    overflow: Literal["end", "drop_oldest"] = "end"
+    """What happens when a prompt outgrows `model.max_context`. `end`: the episode ends. `drop_oldest`: the oldest turns
+    after the first message are left out, which begins a new training row."""
 
 
 class TinyModelConfig(Section):
@@ -66,9 +69,21 @@ class TinyModelConfig(Section):
         return self
 
 
+class LoraConfig(Section):
+    """Low-rank adapters (peft) beside frozen weights; one copy of them serves policy, critic and reference."""
+
+    rank: int = Field(default=0, ge=0, le=1024)
+    """Rank of the adapters; 0 trains all weights instead."""
+    alpha: float = Field(default=32.0, gt=0)
+    """Adapters are scaled by alpha / rank."""
+    targets: Literal["all-linear", "attention"] = "all-linear"
+    """Layers that get adapters; the head never does."""
+
+
 class ModelConfig(Section):
     path: str = "tiny"
-    """`tiny` for the embedded model, or a directory that holds a Hugging Face causal LM in safetensors."""
+    """`tiny` for the embedded model, a name that `epo models` lists, a directory that holds a Hugging Face causal LM in
+    safetensors, or the name of one on the Hugging Face hub."""
     tiny: TinyModelConfig = TinyModelConfig()
     max_context: int = Field(default=2048, ge=16)
     """Tokens of prompt and response together; the longest sequence that is sampled or trained."""
@@ -79,6 +94,14 @@ class ModelConfig(Section):
     busy."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights. Training small learning rates in bfloat16 loses updates."""
+    compute: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type in which the matrix products are computed (autocast), by sampler and learner alike. `auto`: float32 for
+    `tiny`, otherwise bfloat16 where the hardware multiplies it natively."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention kernels of transformers; `auto` takes flash_attention_2 on a GPU if it is installed, else sdpa."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward: less memory, a third more time."""
+    lora: LoraConfig = LoraConfig()
 
 
 class ImitationConfig(Section):
@@ -108,9 +131,29 @@ class RolloutConfig(Section):
     """Of the training distribution: what is sampled from, and what log-probabilities and entropies are of."""
 
 
+class SamplerConfig(Section):
+    name: Literal["local", "vllm"] = "local"
+    """`local`: the learner's own model. `vllm`: a vLLM engine beside it (extra `vllm`), given the new weights after
+    every step."""
+    old_logprobs: Literal["auto", "sampler", "learner"] = "auto"
+    """Whose log-probabilities the probability ratio starts from. `sampler`: as drawn. `learner`: computed anew with the
+    learner's numerics before the first optimiser step, and the difference corrected by truncated importance weights.
+    `auto`: `sampler` for local, `learner` for vllm."""
+    importance_cap: float = Field(default=2.0, ge=1)
+    """Upper bound on those importance weights."""
+    kv_gib: float = Field(default=2.0, gt=0)
+    """vLLM on a CPU: memory for keys and values, GiB."""
+    block_size: int = Field(default=32, ge=8)
+    """vLLM: tokens per block of its prefix cache."""
+    max_weight_error: float = Field(default=0.02, gt=0)
+    """vLLM: largest difference, in nats, between its log-probabilities of a probe text and the learner's after a weight
+    update; beyond it the run ends rather than sample from other weights."""
+
+
 class CriticConfig(Section):
     trunk: Literal["shared", "separate"] = "shared"
-    """`shared`: a value head on the policy's hidden states. `separate`: a copy of the model with its own value head."""
+    """`shared`: a value head on the policy's hidden states. `separate`: a copy of the model with its own value head;
+    with LoRA, a second adapter on the same weights."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Of the value head, and of the separate trunk; constant over training."""
     coefficient: float = Field(default=0.5, ge=0)
@@ -303,6 +346,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     imitation: ImitationConfig = ImitationConfig()
     rollout: RolloutConfig = RolloutConfig()
+    sampler: SamplerConfig = SamplerConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     entropy: EntropyConfig = EntropyConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -199,13 +199,14 @@ class LocalSampler(Sampler):
         view.used = int(positions_B_Q.max()) + 1
         view.is_prefix = slots == list(range(len(slots)))
         mask_B_1_Q_L = torch.arange(view.used, device=device) <= view.positions_B_Q[:, None, :, None]
-        out = self._policy.trunk(
-            input_ids=ids_B_Q.to(device),
-            attention_mask=mask_B_1_Q_L,
-            position_ids=view.positions_B_Q,
-            past_key_values=self._cache,
-            use_cache=True,
-        )
+        with self._policy.autocast():
+            out = self._policy.trunk(
+                input_ids=ids_B_Q.to(device),
+                attention_mask=mask_B_1_Q_L,
+                position_ids=view.positions_B_Q,
+                past_key_values=self._cache,
+                use_cache=True,
+            )
         return out.last_hidden_state
 
     def _draw(
@@ -219,8 +220,9 @@ class LocalSampler(Sampler):
     ) -> list[int]:
         policy = self._policy
         # In fp32 whatever the model's precision is, as the learner's head computes it.
-        bias_V = None if policy.head_bias_V is None else policy.head_bias_V.float()
-        logits_B_V = torch.nn.functional.linear(hidden_B_D.float(), policy.head_weight_V_D.float(), bias_V)
+        head = policy.head(hidden_B_D)
+        bias_V = None if head.bias_V is None else head.bias_V.float()
+        logits_B_V = torch.nn.functional.linear(head.hidden_N_D.float(), head.weight_V_D.float(), bias_V)
         logprobs_B_V = torch.log_softmax(logits_B_V / train_temperature, dim=-1)
         entropy_B = -(logprobs_B_V.exp() * logprobs_B_V).sum(-1)
         if temperature == 0:

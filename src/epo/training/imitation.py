@@ -117,11 +117,9 @@ def _imitation_step(
         rows, spans, range(len(rows)), max_tokens=config.optimizer.microbatch_tokens, device=policy.device
     ):
         hidden_B_T_D = policy.hidden(micro.token_ids_B_T)
+        head = policy.head(hidden_B_T_D[micro.row_n, micro.source_n])
         logprobs_n, _ = token_logprobs_and_entropy(
-            hidden_B_T_D[micro.row_n, micro.source_n],
-            policy.head_weight_V_D,
-            micro.targets_n,
-            head_bias=policy.head_bias_V,
+            head.hidden_N_D, head.weight_V_D, micro.targets_n, head_bias=head.bias_V
         )
         torch.autograd.backward(-(weights_N[micro.index_n] * logprobs_n).sum())
         expert_loss -= (expert_weights_N[micro.index_n] * logprobs_n.detach()).sum().item()

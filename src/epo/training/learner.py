@@ -313,11 +313,12 @@ class Learner:
 
     def _head(self, policy: Policy, hidden_B_T_D: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies of the trained tokens only: the head never sees the others."""
+        head = policy.head(hidden_B_T_D[micro.row_n, micro.source_n])
         return token_logprobs_and_entropy(
-            hidden_B_T_D[micro.row_n, micro.source_n],
-            policy.head_weight_V_D,
+            head.hidden_N_D,
+            head.weight_V_D,
             micro.targets_n,
-            head_bias=policy.head_bias_V,
+            head_bias=head.bias_V,
             temperature=self.config.rollout.temperature,
         )
 
@@ -325,11 +326,12 @@ class Learner:
         """The entropies that the control asks for: the whole vocabulary's, or its nucleus'."""
         if self.control.nucleus is None:
             return entropy_n
+        head = self.policy.head(hidden_B_T_D[micro.row_n, micro.source_n])
         return nucleus_entropy(
-            hidden_B_T_D[micro.row_n, micro.source_n],
-            self.policy.head_weight_V_D,
+            head.hidden_N_D,
+            head.weight_V_D,
             top_p=self.control.nucleus,
-            head_bias=self.policy.head_bias_V,
+            head_bias=head.bias_V,
             temperature=self.config.rollout.temperature,
         )
 

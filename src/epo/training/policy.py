@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib.util
 import json
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,18 +24,33 @@ from epo.config import CriticConfig, ModelConfig
 from epo.errors import UserError
 
 
+class HeadInputs(NamedTuple):
+    """What logits are made of, in the precision in which they are defined."""
+
+    hidden_N_D: Tensor
+    weight_V_D: Tensor
+    bias_V: Tensor | None
+
+
 class Policy:
     """A causal LM, its tokenizer, and how it talks.
 
     `version` counts updates: whoever caches anything computed with the weights compares it.
+
+    Args:
+        compute: type of the matrix products. bfloat16 over float32 weights means autocast: the residual stream, the
+            norms and the logits stay in float32.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, max_context: int) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, *, max_context: int, compute: torch.dtype = torch.float32
+    ) -> None:
         _refuse_unsupported(model, max_context=max_context)
         self.model = model
         self.tokenizer = tokenizer
         self.chat = ChatFormat(tokenizer)
         self.max_context = max_context
+        self.compute = compute
         self.version = 0
 
     @property
@@ -59,7 +76,22 @@ class Policy:
         No padding mask: with padding on the right, causality alone keeps real tokens from seeing it, and a plain causal
         mask is the fast path of every attention kernel.
         """
-        return self.trunk(input_ids=token_ids_B_T, use_cache=False).last_hidden_state
+        with self.autocast():
+            return self.trunk(input_ids=token_ids_B_T, use_cache=False).last_hidden_state
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The precision in which this policy computes, for the learner and for every sampler."""
+        return torch.autocast(self.device.type, dtype=self.compute, enabled=self.compute is not torch.float32)
+
+    def head(self, hidden_N_D: Tensor) -> HeadInputs:
+        """Hidden states and head as every log-probability of this policy is computed from them, in float32.
+
+        Where products are computed in bfloat16 both factors are rounded to it, so that sampler and learner agree.
+        """
+        weight_V_D, bias_V = self.head_weight_V_D, self.head_bias_V
+        if self.compute is torch.float32:
+            return HeadInputs(hidden_N_D, weight_V_D, bias_V)
+        return HeadInputs(hidden_N_D.to(self.compute), weight_V_D.to(self.compute), bias_V)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return self.model.parameters()
@@ -81,7 +113,7 @@ class Policy:
         """The reference policy: the same weights, never trained."""
         model = copy.deepcopy(self.model).eval()
         model.requires_grad_(False)
-        return Policy(model, self.tokenizer, max_context=self.max_context)
+        return Policy(model, self.tokenizer, max_context=self.max_context, compute=self.compute)
 
 
 class Critic(nn.Module):
@@ -91,6 +123,7 @@ class Critic(nn.Module):
         super().__init__()
         hidden_size = int(policy.model.config.hidden_size)
         self.trunk = copy.deepcopy(policy.trunk) if config.trunk == "separate" else None
+        self.autocast = policy.autocast
         self.head = nn.Linear(hidden_size, 1, device=policy.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -98,7 +131,8 @@ class Critic(nn.Module):
     def forward(self, hidden_B_T_D: Tensor, token_ids_B_T: Tensor) -> Tensor:
         """Values [B, T] in fp32, from the policy's hidden states or from the own trunk."""
         if self.trunk is not None:
-            hidden_B_T_D = self.trunk(input_ids=token_ids_B_T, use_cache=False).last_hidden_state
+            with self.autocast():
+                hidden_B_T_D = self.trunk(input_ids=token_ids_B_T, use_cache=False).last_hidden_state
         return self.head(hidden_B_T_D.to(self.head.weight.dtype)).squeeze(-1).float()
 
 
@@ -106,6 +140,32 @@ def resolve_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("model.device='cuda' but PyTorch sees no GPU: set model.device=cpu, or install a CUDA build")
     return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name if name != "auto" else "cpu")
+
+
+def resolve_compute(config: ModelConfig, device: torch.device) -> torch.dtype:
+    """The type of the matrix products: as configured, or what the hardware multiplies fastest without harm."""
+    if config.compute != "auto":
+        return getattr(torch, config.compute)
+    if config.path == "tiny":  # too small to gain, and the same on every machine
+        return torch.float32
+    return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if hasattr(torch.cpu, "get_capabilities"):
+        found = torch.cpu.get_capabilities()
+        return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return False
+
+
+def resolve_attention(config: ModelConfig, device: torch.device) -> str:
+    """The attention implementation of transformers: as configured, or the fastest that is installed."""
+    if config.attention != "auto":
+        return config.attention
+    has_flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if has_flash else "sdpa"
 
 
 def load_policy(folder: str | Path, config: ModelConfig) -> Policy:
@@ -124,7 +184,7 @@ def load_policy(folder: str | Path, config: ModelConfig) -> Policy:
             local_files_only=True,
             use_safetensors=True,
             dtype=getattr(torch, config.dtype),
-            attn_implementation="sdpa",
+            attn_implementation=resolve_attention(config, device),
             output_loading_info=True,
         )
         model, report = loaded
@@ -154,7 +214,7 @@ def load_policy(folder: str | Path, config: ModelConfig) -> Policy:
         raise UserError(
             f"model.max_context={config.max_context} exceeds what {str(folder)!r} can read: at most {limit}"
         )
-    return Policy(model, tokenizer, max_context=config.max_context)
+    return Policy(model, tokenizer, max_context=config.max_context, compute=resolve_compute(config, device))
 
 
 def _check_directory(folder: Path) -> None:
