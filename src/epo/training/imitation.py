@@ -21,6 +21,7 @@ from epo.agent.prompts import prompt_source
 from epo.config import Config
 from epo.errors import UserError
 from epo.files import cache_dir, new_folder
+from epo.models import resolve_model
 from epo.objectives import token_logprobs_and_entropy
 from epo.packing import pack
 from epo.training.batch import micro_batches
@@ -48,7 +49,8 @@ def warm_started_policy(
     folder = cache_dir() / "imitation" / imitation_digest(config, demonstrations)
     if not folder.is_dir():
         policy = _fresh_policy(config, demonstrations)
-        trajectories = [as_trajectory(d, policy.chat, config.agent) for d in demonstrations]
+        size = config.model.max_context
+        trajectories = [as_trajectory(d, policy.chat, config.agent, max_context=size) for d in demonstrations]
         longest = max(_length(t) for t in trajectories)
         if longest > config.model.max_context:
             raise UserError(
@@ -168,7 +170,10 @@ def _length(trajectory: Trajectory) -> int:
 
 def _fingerprint(path: str) -> list[tuple[str, int, int]] | None:
     """Names, sizes and times of a model directory's files: enough to notice that it was replaced."""
-    if path == "tiny" or not Path(path).is_dir():
+    if path == "tiny":
         return None
-    files = sorted(p for p in Path(path).iterdir() if p.is_file())
+    folder = resolve_model(path)
+    if not folder.is_dir():
+        return None
+    files = sorted(p for p in folder.iterdir() if p.is_file())
     return [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]

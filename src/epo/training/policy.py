@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from epo.agent.chat import ChatFormat
 from epo.config import CriticConfig, ModelConfig
 from epo.errors import UserError
+from epo.models import resolve_model
 
 
 class HeadInputs(NamedTuple):
@@ -169,12 +170,14 @@ def resolve_attention(config: ModelConfig, device: torch.device) -> str:
 
 
 def load_policy(folder: str | Path, config: ModelConfig) -> Policy:
-    """Load a model directory. Nothing is downloaded and no code of the directory is run.
+    """Load a model by directory or name (`epo.models.resolve_model`). No code of the model is run.
+
+    Only the name of a model on the Hugging Face hub that is not on this machine yet causes a download.
 
     Raises:
         UserError: no such directory, a missing or half-written file, no chat template, unsupported architecture.
     """
-    folder = Path(folder)
+    folder = resolve_model(folder)
     device = resolve_device(config.device)
     _check_directory(folder)
     try:
@@ -221,7 +224,7 @@ def _check_directory(folder: Path) -> None:
     if not os.path.isdir(folder):  # unlike Path.is_dir, never raises
         raise UserError(
             f"model.path={str(folder)!r} is not a directory: give the path of a Hugging Face model directory, "
-            "or 'tiny' for the embedded model"
+            "or 'tiny' for the embedded model, or a name that `epo models` lists"
         )
     if not (folder / "config.json").is_file():
         raise UserError(f"model.path={str(folder)!r} has no config.json: it is not a Hugging Face model directory")
