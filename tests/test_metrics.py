@@ -60,6 +60,10 @@ def test_rollout_metrics_by_hand():
         "groups/all_equal": 0.0,
         "episodes": 4.0,
         "episodes/restarts": 2.0,
+        # No prompt of `turn` continues the one before.
+        "context/segments": 8 / 4,
+        "context/dropped_turns": 0.0,
+        "context/drift": 0.0,
         "stop/success": 1 / 4,
         "stop/failure": 1 / 4,
         "stop/max_turns": 1 / 4,

@@ -54,20 +54,27 @@ class _Episode:
 
 
 class ContextFactory:
-    """Makes the context of each episode from the agent's configuration."""
+    """Makes the context of each episode from the agent's configuration.
 
-    def __init__(self, chat: ChatFormat, config: AgentConfig) -> None:
+    Args:
+        max_context: tokens of prompt and response together, at most.
+    """
+
+    def __init__(self, chat: ChatFormat, config: AgentConfig, *, max_context: int) -> None:
         self._chat = chat
         self._config = config
+        self.room = max_context - config.max_response_tokens
+        """Tokens a prompt may have, so that the longest response still fits."""
         self._prompt = Prompt(
             config.prompt, think=config.format == "think_action", transcript=config.context == "transcript"
         )
 
     def __call__(self) -> Context:
         shown = self._config.list_actions
+        room = self.room if self._config.overflow == "drop_oldest" else None
         if self._config.context == "transcript":
-            return TranscriptContext(self._chat, self._prompt, list_actions=shown)
-        return WindowContext(self._chat, self._prompt, list_actions=shown, window=self._config.window)
+            return TranscriptContext(self._chat, self._prompt, list_actions=shown, room=room)
+        return WindowContext(self._chat, self._prompt, list_actions=shown, window=self._config.window, room=room)
 
 
 class RolloutCollector:
@@ -88,7 +95,7 @@ class RolloutCollector:
         self._sampler = sampler
         self._chat = chat
         self._config = config
-        self._make_context = ContextFactory(chat, config)
+        self._make_context = ContextFactory(chat, config, max_context=max_context)
         self._max_turns = max_turns
         self.max_context = max_context
         self.max_response = config.max_response_tokens
@@ -105,8 +112,8 @@ class RolloutCollector:
         """Play every spec to its end; trajectories in the order of `specs`.
 
         An episode whose environment fails for good ends with `StopReason.ENVIRONMENT_ERROR`; one whose prompt outgrows
-        the context ends with `StopReason.CONTEXT_OVERFLOW`, possibly before its first turn. Neither disturbs the
-        others.
+        the context, also after what `agent.overflow` leaves out, ends with `StopReason.CONTEXT_OVERFLOW`, possibly
+        before its first turn. Neither disturbs the others.
         """
         self.timing = RolloutTiming()
         finished: dict[int, Trajectory] = {}
@@ -172,8 +179,13 @@ class RolloutCollector:
             episode.prompt_ids = episode.context.advance(
                 turn.response_ids.tolist(), action=turn.action, observation=answer.observation
             )
-        if len(episode.prompt_ids) > self.max_context - self.max_response:
+        if len(episode.prompt_ids) > self._make_context.room:
             trajectory.stop_reason = StopReason.CONTEXT_OVERFLOW
+            trajectory.error = (
+                f"the prompt of turn {len(trajectory.turns)} has {len(episode.prompt_ids)} tokens; model.max_context="
+                f"{self.max_context} less agent.max_response_tokens={self.max_response} leaves "
+                f"{self._make_context.room}"
+            )
             return True
         return False
 
@@ -191,7 +203,8 @@ class RolloutCollector:
 
     def _act(self, slot: int, episode: _Episode, completion: Completion) -> None:
         assert episode.observation is not None
-        text = self._chat.decode(completion.response_ids.tolist())
+        response_ids = completion.response_ids.tolist()
+        text = self._chat.decode(response_ids)
         parsed = parse_response(text, response_format=self._config.format, finished=completion.finished)
         episode.trajectory.turns.append(
             Turn(
@@ -204,6 +217,8 @@ class RolloutCollector:
                 action=parsed.action,
                 is_valid=parsed.is_valid,
                 penalty=0.0 if parsed.is_valid else self._config.invalid_action_penalty,
+                dropped_turns=episode.context.dropped_turns,
+                drifted=self._chat.drifts(response_ids),
             )
         )
         episode.pending = self._pool.submit_step(slot, parsed.action)

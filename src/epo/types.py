@@ -98,6 +98,9 @@ class Turn:
     """[R] log-probabilities under the sampling policy at training temperature, natural log."""
     entropy: FloatArray
     """[R] full-vocabulary entropy of the distribution each token was drawn from, in nats."""
+    learner_logprobs: FloatArray | None = None
+    """[R] the log-probabilities by the learner's own numerics, with the weights that sampled; None where `logprobs`
+    serve for the update too (`sampler.old_logprobs`)."""
     observation: str
     response: str
     action: str
@@ -110,6 +113,10 @@ class Turn:
     penalty: float = 0.0
     """Taken off for an invalid response."""
     score: float = 0.0
+    dropped_turns: int = 0
+    """Earlier turns that `prompt_ids` leaves out for lack of room (`agent.overflow`)."""
+    drifted: bool = False
+    """Encoding the text of `response_ids` again gives other ids. For information: nothing here is encoded again."""
 
     @property
     def reward(self) -> float:
@@ -127,7 +134,8 @@ class Trajectory:
     success: bool = False
     score: float = 0.0
     error: str | None = None
-    """What the environment said when it failed, for `StopReason.ENVIRONMENT_ERROR`."""
+    """What the environment said when it failed, for `StopReason.ENVIRONMENT_ERROR`; which prompt found no room, for
+    `StopReason.CONTEXT_OVERFLOW`."""
     restarts: int = 0
     """How often the environment died and the episode was replayed into a new one."""
 

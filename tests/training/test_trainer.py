@@ -61,7 +61,7 @@ def test_demonstrations_are_what_the_agent_would_have_lived(minute_config: MakeC
     assert demonstrations == cached and len(demonstrations) == 3
     policy = make_policy()
     for demonstration in demonstrations:
-        lived = as_trajectory(demonstration, policy.chat, config.agent)
+        lived = as_trajectory(demonstration, policy.chat, config.agent, max_context=config.model.max_context)
         with suite.make_env() as env:
             observation, step = env.reset(demonstration.task), None
             for turn, seen in zip(lived.turns, demonstration.observations, strict=True):

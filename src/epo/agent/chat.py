@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -12,6 +13,7 @@ from epo.errors import UserError
 # Mark the words of a probe conversation. Letters only, so that no template escapes or trims them.
 _ASSISTANT_MARK = "epoassistantmark"
 _USER_MARK = "epousermark"
+_CONTROL_MARK = "epocontrolmark"
 
 
 class ChatFormat:
@@ -20,6 +22,9 @@ class ChatFormat:
     Templates differ in what they put after a response (an end token, a newline, a new header). That text is found by
     rendering a probe conversation, and appended to the tokens the model really drew. The prompt of turn t+1 therefore
     starts with the prompt and the response of turn t, token by token, whatever the tokenizer would make of their text.
+
+    Only the template writes control tokens: their text inside a message (an observation that says `<|im_end|>`) is read
+    as ordinary text, so an environment cannot end a turn or begin one.
 
     Raises:
         UserError: no chat template, or one that cannot be used turn by turn; nothing that ends a response.
@@ -32,16 +37,24 @@ class ChatFormat:
                 f"the tokenizer of model.path={tokenizer.name_or_path!r} has no chat template, so it is unknown how "
                 "turns are marked: use an instruction-tuned model, or put a chat_template.jinja into its directory"
             )
+        special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        # Longer ones first: one may be the beginning of another.
+        alternatives = sorted(special.values(), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, alternatives)) or "(?!)")
         try:
-            between = self._after_response(_USER_MARK).partition(_USER_MARK)[0]
+            between, mark, after = self._after_response(_USER_MARK).partition(_USER_MARK)
         except TemplateError as error:
             raise UserError(
                 f"the chat template of model.path={tokenizer.name_or_path!r} does not render user and assistant turns: "
                 f"{' '.join(str(error).split())}"
             ) from None
+        if not mark or _USER_MARK in after:
+            raise UserError(
+                f"the chat template of model.path={tokenizer.name_or_path!r} does not render a user's message exactly "
+                "once: use another chat_template.jinja"
+            )
         ids = self._encode(between)
         # The template knows better than eos_token, which is the end of a document in some tokenizers (Gemma, Phi).
-        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         stop = ids[0] if ids and ids[0] in special else tokenizer.eos_token_id
         if stop is None:
             raise UserError(
@@ -55,11 +68,11 @@ class ChatFormat:
 
     def first_prompt(self, user: str) -> list[int]:
         """Ids of a conversation that opens with `user`, up to where the assistant answers."""
-        return self._encode(self._render([{"role": "user", "content": user}], generate=True))
+        return self._encode_message(lambda text: self._render([{"role": "user", "content": text}]), user)
 
     def next_message(self, user: str, *, after: Sequence[int]) -> list[int]:
         """Ids to append after the response `after`: the end of that turn if it is missing, `user`, the next header."""
-        ids = self._encode(self._after_response(user))
+        ids = self._encode_message(self._after_response, user)
         ended = len(after) > 0 and after[-1] == self.stop_id
         return ids[self._num_ending :] if ended else ids
 
@@ -71,6 +84,29 @@ class ChatFormat:
         """Text of a response for people and parsers; special tokens (the end of the turn) are left out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def drifts(self, response_ids: Sequence[int]) -> bool:
+        """Whether encoding the text of a response, end token included, gives other ids than were drawn."""
+        text = str(self.tokenizer.decode(list(response_ids), clean_up_tokenization_spaces=False))
+        return self._encode(text) != list(response_ids)
+
+    def _encode_message(self, render: Callable[[str], str], user: str) -> list[int]:
+        """Ids of `render(user)`, with the text of control tokens inside `user` as ordinary text.
+
+        Only that text is encoded apart from the rest, so the tokens at the seams of template and message stay those of
+        the whole text.
+        """
+        found = self._control.findall(user)
+        if not found:
+            return self._encode(render(user))
+        mark = _CONTROL_MARK
+        while mark in user:
+            mark += "x"
+        head, *tails = render(self._control.sub(mark, user)).split(mark)
+        ids = self._encode(head)
+        for control, tail in zip(found, tails, strict=True):
+            ids += [*self._encode(control, as_text=True), *self._encode(tail)]
+        return ids
+
     def _after_response(self, user: str) -> str:
         """What the template puts between the words of a response and those of the response to `user`."""
         messages = [
@@ -78,7 +114,7 @@ class ChatFormat:
             {"role": "assistant", "content": _ASSISTANT_MARK},
             {"role": "user", "content": user},
         ]
-        text = self._render(messages, generate=True)
+        text = self._render(messages)
         _, mark, rest = text.partition(_ASSISTANT_MARK)
         if not mark:
             raise UserError(
@@ -87,8 +123,11 @@ class ChatFormat:
             )
         return rest
 
-    def _render(self, messages: list[dict[str, str]], *, generate: bool) -> str:
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate))
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        """Up to where the assistant answers."""
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
-    def _encode(self, text: str) -> list[int]:
-        return [int(i) for i in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+    def _encode(self, text: str, *, as_text: bool = False) -> list[int]:
+        """`as_text`: the text of control tokens is no control token."""
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=as_text)
+        return [int(i) for i in encoded["input_ids"]]

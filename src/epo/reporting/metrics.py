@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Sequence
 from itertools import pairwise
 
+from epo.packing import extends
 from epo.types import StopReason, Trajectory, TrajectoryGroup
 
 
@@ -28,6 +29,11 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
         "groups/all_equal": _all_equal(groups),
         "episodes": float(len(trajectories)),
         "episodes/restarts": float(sum(t.restarts for t in trajectories)),
+    }
+    metrics |= {
+        "context/segments": sum(map(_segments, trajectories)) / count,
+        "context/dropped_turns": sum(max((k.dropped_turns for k in t.turns), default=0) for t in trajectories) / count,
+        "context/drift": sum(turn.drifted for turn in turns) / max(1, len(turns)),
     }
     for reason in StopReason:
         metrics[f"stop/{reason.value}"] = sum(t.stop_reason is reason for t in trajectories) / count
@@ -61,6 +67,12 @@ def entropy_oscillation(entropy_by_step: Sequence[float], *, window: int = 10) -
     recent = list(entropy_by_step[-window - 1 :])
     changes = [b - a for a, b in pairwise(recent)]
     return statistics.pstdev(changes) if len(changes) >= 2 else 0.0
+
+
+def _segments(trajectory: Trajectory) -> int:
+    """Runs of turns each of which reads what the one before read and wrote: the training rows of the trajectory."""
+    turns = trajectory.turns
+    return (1 if turns else 0) + sum(not extends(after, before) for before, after in pairwise(turns))
 
 
 def _all_equal(groups: Sequence[TrajectoryGroup]) -> float:

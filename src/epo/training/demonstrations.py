@@ -65,9 +65,11 @@ def collect_demonstrations(
     return demonstrations
 
 
-def as_trajectory(demonstration: Demonstration, chat: ChatFormat, config: AgentConfig) -> Trajectory:
+def as_trajectory(
+    demonstration: Demonstration, chat: ChatFormat, config: AgentConfig, *, max_context: int
+) -> Trajectory:
     """The episode as tokens, had the policy written the expert's responses."""
-    context = ContextFactory(chat, config)()
+    context = ContextFactory(chat, config, max_context=max_context)()
     trajectory = Trajectory(task=demonstration.task, stop_reason=StopReason.SUCCESS, success=True, score=1.0)
     prompt_ids = context.open(demonstration.observations[0])
     following = [*demonstration.observations[1:], None]
