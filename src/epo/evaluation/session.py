@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from epo.config import Config
@@ -16,7 +17,7 @@ from epo.training.checkpoint import checkpoints, read_state
 from epo.training.policy import Policy, load_policy
 from epo.training.run_folder import RunFolder
 from epo.training.session import open_pool, prepare_suite, quiet_libraries, starting_policy, use_threads
-from epo.training.trainer import Observer, count_episodes, make_collector
+from epo.training.trainer import Observer, count_episodes, make_collector, make_sampler
 
 
 def evaluate_target(
@@ -61,12 +62,14 @@ def imitate_and_evaluate(config: Config, observer: Observer) -> tuple[Path, list
 def _play_panels(
     config: Config, suite: TaskSuite, pool: EnvPool, policy: Policy, observer: Observer
 ) -> list[PanelResult]:
-    collector, temperature = make_collector(config, pool, policy), config.evaluation.temperature
+    temperature = config.evaluation.temperature
     results: list[PanelResult] = []
-    for split in config.evaluation.splits:
-        tasks = panel(suite.tasks(split), episodes=config.evaluation.episodes, split=split)
-        observer.begin(f"evaluate {split}", len(tasks))
-        results.append(
-            evaluate(collector, tasks, split=split, temperature=temperature, on_done=count_episodes(observer))
-        )
+    with closing(make_sampler(config, policy, max_episodes=pool.size)) as sampler:
+        collector = make_collector(config, pool, policy, sampler)
+        for split in config.evaluation.splits:
+            tasks = panel(suite.tasks(split), episodes=config.evaluation.episodes, split=split)
+            observer.begin(f"evaluate {split}", len(tasks))
+            results.append(
+                evaluate(collector, tasks, split=split, temperature=temperature, on_done=count_episodes(observer))
+            )
     return results

@@ -30,7 +30,7 @@ class Completion:
     logprobs: FloatArray
     """[R] at training temperature."""
     entropy: FloatArray
-    """[R] of the full distribution at training temperature, in nats."""
+    """[R] of the full distribution at training temperature, in nats; NaN where the sampler does not know it."""
     finished: bool
     """The model ended its turn; False when the response was cut at the token limit."""
     policy_version: int
@@ -49,3 +49,6 @@ class Sampler(ABC):
     @abstractmethod
     def release(self, episode: int) -> None:
         """The episode is over; forget what is kept for it. Unknown episodes are no error."""
+
+    def close(self) -> None:  # noqa: B027 - most samplers hold nothing that has to be given back
+        """End what the sampler started outside this process. More than once is no error; nothing is drawn after it."""

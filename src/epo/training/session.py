@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
@@ -30,6 +30,7 @@ from epo.files import write_atomically
 from epo.reporting.plot import plot_run
 from epo.reporting.report import write_report
 from epo.reporting.tensorboard import TensorBoardLog
+from epo.sampling._vllm_engine import require_vllm
 from epo.training.checkpoint import checkpoints, read_state
 from epo.training.demonstrations import collect_demonstrations
 from epo.training.imitation import warm_started_policy
@@ -96,6 +97,8 @@ def train_run(config: Config, path: Path, observer: Observer, *, resume: bool) -
     start_time = time.perf_counter()
     quiet_libraries()
     use_threads(config.model)
+    if config.sampler.name == "vllm":  # a missing package is found out before the warm start
+        require_vllm()
     suite = prepare_suite(config)
     if resume:
         run, checkpoint = _reopen(path, config)
@@ -113,7 +116,7 @@ def train_run(config: Config, path: Path, observer: Observer, *, resume: bool) -
             observer.note(f"resuming {str(path)!r} after step {trainer.state.step}")
         if trainer.state.step < config.steps:  # looking at a finished run is not part of it
             trainer.state.wall_seconds += time.perf_counter() - start_time
-        with _stop_after_step(trainer, observer), _tensorboard(run, trainer, observer):
+        with closing(trainer), _stop_after_step(trainer, observer), _tensorboard(run, trainer, observer):
             finished = trainer.train()
     return _finish(run, config, trainer, finished=finished)
 

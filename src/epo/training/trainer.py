@@ -24,6 +24,7 @@ from epo.evaluation.panels import PanelResult, evaluate
 from epo.objectives import make_control
 from epo.reporting.metrics import entropy_oscillation, rollout_metrics
 from epo.rollout import EpisodeSpec, RolloutCollector
+from epo.sampling.base import Sampler
 from epo.sampling.local import LocalSampler
 from epo.seeds import TRAINING_STREAM
 from epo.tasks import Curriculum, panel
@@ -100,7 +101,8 @@ class Trainer:
         self.observer = observer
         self.control = make_control(config.entropy.method, **config.entropy.options())
         self.learner = Learner(policy, config, self.control, start_policy=start_policy)
-        self.collector = make_collector(config, pool, policy)
+        self.sampler = make_sampler(config, policy, max_episodes=pool.size)
+        self.collector = make_collector(config, pool, policy, self.sampler)
         self.curriculum = Curriculum(suite.tasks("train"), seed=config.seed, balance=config.rollout.balance)
         self.panels = {
             split: panel(suite.tasks(split), episodes=config.evaluation.episodes, split=split)
@@ -120,6 +122,10 @@ class Trainer:
                 )
         for warning in self.control.warnings():
             observer.note(f"{config.entropy.method}: {warning}")
+
+    def close(self) -> None:
+        """End the sampler's processes, if it has any."""
+        self.sampler.close()
 
     def train(self) -> bool:
         """Run to the last step; False when `stop_requested` ended it early, after a checkpoint."""
@@ -238,11 +244,20 @@ def count_episodes(observer: Observer) -> Callable[[Trajectory], None]:
     return on_done
 
 
-def make_collector(config: Config, pool: EnvPool, policy: Policy) -> RolloutCollector:
-    """A rollout collector with a local sampler for the pool's episodes."""
+def make_sampler(config: Config, policy: Policy, *, max_episodes: int) -> Sampler:
+    """The sampler that the configuration names; the caller closes it."""
+    if config.sampler.name == "vllm":
+        from epo.sampling.vllm import VllmSampler
+
+        return VllmSampler(policy, config.sampler, max_episodes=max_episodes)
+    return LocalSampler(policy, max_episodes=max_episodes)
+
+
+def make_collector(config: Config, pool: EnvPool, policy: Policy, sampler: Sampler) -> RolloutCollector:
+    """What plays the pool's episodes as the configuration says."""
     return RolloutCollector(
         pool,
-        LocalSampler(policy, max_episodes=pool.size),
+        sampler,
         policy.chat,
         config.agent,
         max_turns=config.environment.max_turns,

@@ -1,0 +1,248 @@
+"""Sampling with a vLLM engine beside the learner, on the same machine.
+
+The engine runs in a process of its own (`_vllm_engine`) and takes the learner's weights in place before the first round
+after every update. It begins with random weights, so that whatever an update leaves out is seen: each update is
+followed by a probe that the engine and the learner both score.
+
+Legend: N probe tokens, D hidden size, V vocabulary, R tokens of a response.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from epo.config import SamplerConfig
+from epo.errors import UserError
+from epo.sampling._vllm_engine import Engine, EngineDied, EngineRefused, require_vllm
+from epo.sampling.base import Completion, Request, Sampler
+from epo.training.policy import Policy
+from epo.types import FloatArray
+
+logger = logging.getLogger(__name__)
+
+_COLDEST = 0.01
+"""vLLM replaces lower temperatures above 0 by this one."""
+
+
+class VllmSampler(Sampler):
+    """Draws with vLLM; entropies are unknown (NaN).
+
+    Log-probabilities are those at training temperature, also when sampling at another: the exported output head is
+    divided by the training temperature, and the engine samples at the quotient of the two.
+
+    Args:
+        policy: the learner's; a new `policy.version` is sent to the engine before the next response is drawn.
+        max_episodes: live episodes at most.
+
+    Raises:
+        UserError: vLLM is missing or does not start.
+    """
+
+    def __init__(self, policy: Policy, config: SamplerConfig, *, max_episodes: int) -> None:
+        require_vllm()
+        self._policy = policy
+        self._config = config
+        self._max_episodes = max_episodes
+        self._probes = probe_sequences(policy)
+        self._loaded: tuple[int, float] | None = None
+        self._restarted_at: int | None = None
+        self.weight_error = 0.0
+        """Difference found by the last probe, as `config.max_weight_error` bounds it."""
+        self.cached_tokens = 0
+        """Prompt tokens whose keys and values were found in the prefix cache."""
+        self.prefilled_tokens = 0
+        """Prompt tokens that were not."""
+        self.decoded_tokens = 0
+        """Tokens drawn since the sampler was made."""
+        self.engine = self._start()
+
+    def generate(
+        self, requests: Sequence[Request], *, temperature: float, train_temperature: float, max_tokens: int
+    ) -> list[Completion]:
+        """
+        Raises:
+            UserError: the engine died twice with the same weights, or draws from other weights than the learner's.
+        """
+        if not requests:
+            return []
+        for request in requests:
+            if len(request.prompt_ids) + max_tokens > self._policy.max_context:
+                raise ValueError(
+                    f"episode {request.episode}: prompt and response exceed max_context {self._policy.max_context}"
+                )
+        relative = temperature / train_temperature
+        if 0 < relative < _COLDEST:
+            raise UserError(
+                f"temperature {temperature} is too close to 0 for vLLM beside a training temperature of "
+                f"{train_temperature}: set it to 0, which is greedy, or to {_COLDEST * train_temperature} or more"
+            )
+        message = {
+            "prompts": [[int(i) for i in r.prompt_ids] for r in requests],
+            # Drawn once, so that a round which has to be repeated is the same round.
+            "seeds": [int(r.random.integers(2**63)) if temperature else None for r in requests],
+            "temperature": relative,
+            "max_tokens": max_tokens,
+            "stop_id": self._policy.chat.stop_id,
+        }
+        while True:
+            try:
+                if self._loaded != (self._policy.version, train_temperature):
+                    self._load(train_temperature)
+                return self._completions(requests, self.engine.call("generate", **message))
+            except EngineDied as death:
+                self._restart(death)  # raises when this goes on
+
+    def release(self, episode: int) -> None:
+        """Nothing to do: the engine's prefix cache evicts what was not used for longest."""
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def _completions(self, requests: Sequence[Request], answer: dict[str, Any]) -> list[Completion]:
+        version = answer["version"]
+        assert version == self._policy.version, f"drawn with version {version}, not {self._policy.version}"
+        completions: list[Completion] = []
+        for request, found in zip(requests, answer["completions"], strict=True):
+            ids = np.array(found["ids"], dtype=np.int64)
+            self.cached_tokens += found["cached"]
+            self.prefilled_tokens += len(request.prompt_ids) - found["cached"]
+            self.decoded_tokens += len(ids)
+            completions.append(
+                Completion(
+                    episode=request.episode,
+                    response_ids=ids,
+                    logprobs=np.array(found["logprobs"], dtype=np.float32),
+                    entropy=np.full(len(ids), np.nan, dtype=np.float32),
+                    finished=bool(ids[-1] == self._policy.chat.stop_id),
+                    policy_version=version,
+                )
+            )
+        return completions
+
+    # ---------------------------------------------------------------- the engine
+
+    def _start(self) -> Engine:
+        is_on_cpu = self._policy.device.type == "cpu"
+        return Engine(
+            model_config=engine_model_config(self._policy),
+            settings={
+                "dtype": str(engine_dtype(self._policy)).removeprefix("torch."),
+                "max_model_len": self._policy.max_context,
+                "max_num_seqs": self._max_episodes,
+                "block_size": self._config.block_size,
+                "kv_cache_memory_bytes": int(self._config.kv_gib * 2**30),
+                "enforce_eager": is_on_cpu,
+            },
+            # The threads of the learner, wherever the system puts them: the two never compute at the same time.
+            environment={
+                "OMP_NUM_THREADS": str(torch.get_num_threads()),
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            }
+            if is_on_cpu
+            else {},
+        )
+
+    def _restart(self, death: EngineDied) -> None:
+        self.engine.close()
+        self._loaded = None
+        if self._restarted_at == self._policy.version:
+            raise UserError(
+                f"sampler.name='vllm': the engine died a second time with the same weights ({death}): where memory is "
+                "short lower sampler.kv_gib or environment.workers; sampler.name=local needs no engine"
+            )
+        logger.warning("the vLLM engine died (%s); starting it again and repeating the round", death)
+        self._restarted_at = self._policy.version
+        self.engine = self._start()
+
+    # ---------------------------------------------------------------- its weights
+
+    def _load(self, temperature: float) -> None:
+        self._loaded = None
+        version = self._policy.version
+        file = self.engine.folder / "weights.safetensors"
+        export_weights(self._policy, file, temperature=temperature)
+        try:
+            self.engine.call("load", file=str(file), version=version)
+        except EngineRefused as error:
+            raise UserError(
+                f"sampler.name='vllm': the engine does not take the weights of model.path="
+                f"{self._policy.model.name_or_path!r} ({error}): set sampler.name=local"
+            ) from None
+        file.unlink()
+        self.engine.call("forget")
+        self._check(temperature)
+        self._loaded = (version, temperature)
+
+    def _check(self, temperature: float) -> None:
+        answer = self.engine.call("score", sequences=self._probes)
+        found_N = np.concatenate([np.array(scores, dtype=np.float64) for scores in answer["logprobs"]])
+        wanted_N = learner_logprobs(self._policy, self._probes, temperature=temperature)
+        difference_N = np.abs(found_N - wanted_N)
+        self.weight_error = float(difference_N.max())
+        if not self.weight_error <= self._config.max_weight_error:  # NaN, too
+            raise UserError(
+                f"sampler.name='vllm': after an update the engine's log-probabilities of a probe text differ from the "
+                f"learner's by {self.weight_error:.3g} nats, more than sampler.max_weight_error="
+                f"{self._config.max_weight_error}: this version of vLLM does not take over all weights of this model, "
+                "so set sampler.name=local"
+            )
+
+
+def engine_dtype(policy: Policy) -> torch.dtype:
+    """The engine computes everything in one type: that of the learner's matrix products."""
+    return policy.compute
+
+
+def engine_model_config(policy: Policy) -> dict[str, Any]:
+    """The model's `config.json` with an output head of its own.
+
+    vLLM's CPU build copies a tied head into a packed form when it starts, and reloading leaves that copy as it was.
+    """
+    config = json.loads(policy.model.config.to_json_string(use_diff=False))
+    return config | {"architectures": [type(policy.model).__name__], "tie_word_embeddings": False}
+
+
+@torch.no_grad()
+def export_weights(policy: Policy, file: Path, *, temperature: float) -> None:
+    """Write all weights in the engine's type, the output head divided by `temperature`."""
+    model: Any = policy.model
+    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    dtype = engine_dtype(policy)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith(f"{head}."):
+            tensor = tensor / temperature  # a tensor of its own, also where the head is tied
+        tensors[name] = tensor.to("cpu", dtype).contiguous()
+    save_file(tensors, file)
+
+
+def probe_sequences(policy: Policy) -> list[list[int]]:
+    """Token ids to compare by: a conversation as the model knows them, and tokens from all over the vocabulary."""
+    longest = min(48, policy.max_context - 1)
+    random = np.random.default_rng(0)
+    conversation = policy.chat.first_prompt("You are in the kitchen. You see a door, a cup and a red apple.")
+    drawn = random.integers(policy.head_weight_V_D.shape[0], size=(3, longest))
+    return [conversation[:longest], *drawn.tolist()]
+
+
+@torch.inference_mode()
+def learner_logprobs(policy: Policy, sequences: Sequence[Sequence[int]], *, temperature: float) -> FloatArray:
+    """Log-probabilities [N] of every token but the first of each sequence, as the learner computes them."""
+    found: list[FloatArray] = []
+    for sequence in sequences:
+        ids_T = torch.tensor(list(sequence), device=policy.device)
+        head = policy.head(policy.hidden(ids_T[None])[0, :-1])
+        bias_V = None if head.bias_V is None else head.bias_V.float()
+        logits_N_V = torch.nn.functional.linear(head.hidden_N_D.float(), head.weight_V_D.float(), bias_V)
+        logprobs_N_V = torch.log_softmax(logits_N_V / temperature, dim=-1)
+        found.append(logprobs_N_V.gather(1, ids_T[1:, None])[:, 0].double().cpu().numpy())
+    return np.concatenate(found)
