@@ -45,10 +45,16 @@ def convert_llama(gguf: Path, folder: Path) -> None:
         config = _config(file)
         tensors = dict(_tensors(file, config))
         tokenizer = _tokenizer(file)
-    except KeyError as error:
-        raise UserError(f"{str(gguf)!r} lacks {error}, so it cannot be converted: get it again, completely") from None
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    except UserError:
+        raise
+    except Exception as error:  # keys that are missing or of another kind; tokenizers, for one, raises bare Exception
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"{str(gguf)!r} cannot be converted ({reason}): get it again, completely") from None
+    weights = folder / "model.safetensors"
+    save_file(tensors, weights, metadata={"format": "pt"})
     config.save_pretrained(folder)
+    # safetensors lets nobody else read what it writes; caches are shared.
+    weights.chmod((folder / "config.json").stat().st_mode)
     GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     ).save_pretrained(folder)
