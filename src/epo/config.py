@@ -149,6 +149,11 @@ class SamplerConfig(Section):
     """vLLM: largest difference, in nats, between its log-probabilities of a probe text and the learner's after a weight
     update; beyond it the run ends rather than sample from other weights."""
 
+    @property
+    def is_rescored(self) -> bool:
+        """The learner computes log-probabilities and entropies anew: `old_logprobs`, resolved."""
+        return self.old_logprobs == "learner" or (self.old_logprobs == "auto" and self.name == "vllm")
+
 
 class CriticConfig(Section):
     trunk: Literal["shared", "separate"] = "shared"
@@ -372,6 +377,11 @@ class Config(Section):
             raise ValueError(
                 f"agent.max_response_tokens {self.agent.max_response_tokens} leaves no room for a prompt: "
                 f"set it below model.max_context {self.model.max_context}"
+            )
+        if self.sampler.name == "vllm" and not self.sampler.is_rescored:
+            raise ValueError(
+                "sampler.old_logprobs=sampler needs the entropy of every drawn token, which sampler.name=vllm does not "
+                "deliver: set sampler.old_logprobs to learner or auto"
             )
         if self.entropy.options().get("max_turns", 0) is None:
             self.entropy.__pydantic_extra__ = self.entropy.options() | {"max_turns": self.environment.max_turns}

@@ -40,6 +40,10 @@ class RolloutTiming:
 
     environment: float = 0.0
     sampling: float = 0.0
+    prefill: float = 0.0
+    """Part of `sampling`; 0 for a sampler that does not tell."""
+    decode: float = 0.0
+    """Part of `sampling`; 0 for a sampler that does not tell."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -190,7 +194,7 @@ class RolloutCollector:
         return False
 
     def _respond(self, live: dict[int, _Episode], *, temperature: float) -> list[tuple[int, Completion]]:
-        start = time.perf_counter()
+        start, prefill, decode = time.perf_counter(), self._sampler.prefill_seconds, self._sampler.decode_seconds
         slots = sorted(live)
         completions = self._sampler.generate(
             [Request(episode=live[s].number, prompt_ids=live[s].prompt_ids, random=live[s].random) for s in slots],
@@ -199,6 +203,8 @@ class RolloutCollector:
             max_tokens=self._config.max_response_tokens,
         )
         self.timing.sampling += time.perf_counter() - start
+        self.timing.prefill += self._sampler.prefill_seconds - prefill
+        self.timing.decode += self._sampler.decode_seconds - decode
         return list(zip(slots, completions, strict=True))
 
     def _act(self, slot: int, episode: _Episode, completion: Completion) -> None:

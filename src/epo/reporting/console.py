@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
@@ -12,10 +13,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from epo.evaluation.panels import PanelResult
+from epo.reporting.timetable import time_table
 
 
 class ConsoleObserver:
-    """Prints one line per step and evaluation, and shows the current stage with its progress.
+    """Prints one line per step and evaluation, shows the current stage with its progress, and says at the end where the
+    time of the steps went.
 
     Args:
         total_steps: RL steps of the run.
@@ -39,6 +42,7 @@ class ConsoleObserver:
         self._task = self._progress.add_task("starting", total=None, note="")
         self._durations: list[float] = []
         self._last_begin = time.monotonic()
+        self._seconds: Counter[str] = Counter()
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -48,6 +52,9 @@ class ConsoleObserver:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
+        if self._durations:
+            for line in time_table(self._seconds, steps=len(self._durations)):
+                self._line(line)
 
     def begin(self, what: str, total: int) -> None:
         self._last_begin = time.monotonic()
@@ -61,6 +68,7 @@ class ConsoleObserver:
     def step(self, step: int, metrics: dict[str, float]) -> None:
         # From the first episode of the step to the end of its update, without evaluations and set-up.
         self._durations.append(time.monotonic() - self._last_begin)
+        self._seconds.update({name: value for name, value in metrics.items() if name.startswith("time/")})
         recent = self._durations[-10:]
         left = (self._total - step) * sum(recent) / len(recent)
         entropy = f"entropy {metrics['entropy/mean']:.3f}" if "entropy/mean" in metrics else "entropy -"

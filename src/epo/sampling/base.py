@@ -40,6 +40,11 @@ class Sampler(ABC):
     """Draws responses. Log-probabilities and entropies are those of the distribution the policy is trained with
     (`train_temperature`), also when a panel is sampled at another temperature."""
 
+    prefill_seconds: float = 0.0
+    """Spent so far on reading prompts, for samplers that can tell."""
+    decode_seconds: float = 0.0
+    """Spent so far on drawing tokens one after the other, for samplers that can tell."""
+
     @abstractmethod
     def generate(
         self, requests: Sequence[Request], *, temperature: float, train_temperature: float, max_tokens: int

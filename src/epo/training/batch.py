@@ -22,6 +22,9 @@ class TokenData:
     trajectory_ids_N: Tensor
     turn_ids_N: Tensor
     old_logprobs_N: Tensor
+    """Where the probability ratio starts: the learner's where it computed them, else the sampler's."""
+    sampler_logprobs_N: Tensor
+    """As drawn."""
     old_entropy_N: Tensor
     """Entropy under the sampling policy."""
     row_spans: list[slice]
@@ -35,7 +38,8 @@ def flatten(batch: PackedBatch, trajectories: Sequence[Trajectory], *, device: t
         count = int(row.trained_T.sum())
         spans.append(slice(start, start + count))
         start += count
-    entropy = [turn.entropy for trajectory in trajectories for turn in trajectory.turns]
+    turns = [turn for trajectory in trajectories for turn in trajectory.turns]
+    old_logprobs = [turn.logprobs if turn.learner_logprobs is None else turn.learner_logprobs for turn in turns]
 
     def gather(parts: Sequence[np.ndarray], dtype: torch.dtype) -> Tensor:
         return torch.from_numpy(np.concatenate([np.asarray(p) for p in parts])).to(device=device, dtype=dtype)
@@ -43,8 +47,9 @@ def flatten(batch: PackedBatch, trajectories: Sequence[Trajectory], *, device: t
     data = TokenData(
         trajectory_ids_N=gather([np.full(int(r.trained_T.sum()), r.trajectory_id) for r in batch.rows], torch.long),
         turn_ids_N=gather([r.turn_ids_T[r.trained_T] for r in batch.rows], torch.long),
-        old_logprobs_N=gather([r.logprobs_T[r.trained_T] for r in batch.rows], torch.float32),
-        old_entropy_N=gather(entropy, torch.float32),
+        old_logprobs_N=gather(old_logprobs, torch.float32),
+        sampler_logprobs_N=gather([turn.logprobs for turn in turns], torch.float32),
+        old_entropy_N=gather([turn.entropy for turn in turns], torch.float32),
         row_spans=spans,
     )
     assert len(data.old_entropy_N) == len(data.trajectory_ids_N)

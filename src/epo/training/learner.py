@@ -15,14 +15,16 @@ import torch
 from torch import Tensor
 
 from epo.config import Config
-from epo.objectives import kl_penalty, token_logprobs_and_entropy, trajectory_weights, value_loss
+from epo.objectives import kl_penalty, trajectory_weights, value_loss
 from epo.objectives.control import EntropyControl
-from epo.objectives.nucleus import nucleus_entropy
 from epo.packing import pack
 from epo.seeds import CONTROL_STREAM, SHUFFLE_STREAM
-from epo.training.batch import MicroBatch, TokenData, flatten, micro_batches
+from epo.training.batch import MicroBatch, TokenData, flatten
 from epo.training.credit import critic_free_advantages, kept_groups, ppo_advantages
+from epo.training.passes import Passes
 from epo.training.policy import Critic, Policy
+from epo.training.rescoring import mismatch_metrics, rescored, truncated_importance_weights, weight_metrics
+from epo.training.stopwatch import Stopwatch
 from epo.types import PackedBatch, Trajectory, TrajectoryGroup
 
 
@@ -33,9 +35,13 @@ class _StepData:
     batch: PackedBatch
     tokens: TokenData
     advantages_N: Tensor
+    importance_N: Tensor | None
+    """Weights of the surrogate that correct for the sampler's numerics; None where the ratio starts from its own."""
     returns_N: Tensor | None
     values_N: Tensor | None
     reference_N: Tensor | None
+    mismatch: dict[str, float]
+    """Metrics of how far sampler and learner are apart; known after the first mini-batch at the latest."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -63,6 +69,9 @@ class Learner:
         self.policy = policy
         self.config = config
         self.control = control
+        self.stopwatch = Stopwatch(policy.device)
+        """Seconds of everything below, by phase (`epo.reporting.timetable`)."""
+        self._passes = Passes(config)
         self.critic = Critic(policy, config.algorithm.critic) if config.algorithm.name == "ppo" else None
         self.reference = (start_policy or policy).frozen_copy() if config.algorithm.kl_coefficient > 0 else None
         optimizer = config.optimizer
@@ -72,6 +81,15 @@ class Learner:
         self.optimizer = torch.optim.AdamW(
             groups, betas=optimizer.betas, weight_decay=optimizer.weight_decay, fused=True
         )
+
+    def rescore(self, groups: Sequence[TrajectoryGroup]) -> Sequence[TrajectoryGroup]:
+        """The step's groups as `update` wants them: with the learner's log-probabilities and entropies where
+        `sampler.old_logprobs` asks for them, else as they are. To be called while the weights are those that sampled.
+        """
+        if not self.config.sampler.is_rescored:
+            return groups
+        with self.stopwatch("old_logprobs"):
+            return rescored(groups, self.policy, self._passes)
 
     def update(self, groups: Sequence[TrajectoryGroup], *, step: int) -> dict[str, float]:
         """Train on the survivors of the task groups that the filter keeps; returns metrics.
@@ -97,15 +115,13 @@ class Learner:
                 steps += 1
         self.policy.version += 1
         self.control.observe(data.tokens.old_entropy_N, data.tokens.trajectory_ids_N, data.tokens.turn_ids_N)
-        # The first mini-batch is the only one in which sampler and learner hold the same weights.
-        mismatch = metrics.pop("sampler/mismatch_kl", 0.0)
         skipped = metrics.pop("update/skipped", 0.0)
         averaged = {name: value / steps for name, value in metrics.items()}
         return {
             **averaged,
             **self._data_metrics(data),
             **filtering,
-            "sampler/mismatch_kl": mismatch,
+            **data.mismatch,
             "update/optimizer_steps": float(steps),
             "update/skipped": skipped,
             "update/learning_rate": rate,
@@ -122,43 +138,32 @@ class Learner:
         algorithm = self.config.algorithm
         values_N = returns_N = None
         if self.critic is not None:
-            values_N = self._values(batch, tokens)
+            with self.stopwatch("values"):
+                values_N = self._passes.values(self.policy, self.critic, batch, tokens)
             advantages_N, returns_N = ppo_advantages(trajectories, tokens, values_N, algorithm)
         else:
             advantages_N = critic_free_advantages(survivors, tokens, algorithm)
+        reference_N = None
+        if self.reference is not None:
+            with self.stopwatch("reference"):
+                reference_N = self._passes.score(self.reference, batch, tokens)[0]
+        importance_N, mismatch = None, {}
+        if self.config.sampler.is_rescored:
+            both, cap = (tokens.old_logprobs_N, tokens.sampler_logprobs_N), self.config.sampler.importance_cap
+            importance_N = truncated_importance_weights(*both, cap=cap)
+            mismatch = mismatch_metrics(*both) | weight_metrics(*both, cap=cap)
         return _StepData(
             batch=batch,
             tokens=tokens,
             advantages_N=self.control.shape_advantages(
                 advantages_N, tokens.old_entropy_N, tokens.trajectory_ids_N, tokens.turn_ids_N, group_ids_N
             ),
+            importance_N=importance_N,
             returns_N=returns_N,
             values_N=values_N,
-            reference_N=self._reference_logprobs(batch, tokens),
+            reference_N=reference_N,
+            mismatch=mismatch,
         )
-
-    @torch.no_grad()
-    def _values(self, batch: PackedBatch, tokens: TokenData) -> Tensor:
-        assert self.critic is not None
-        values_N = torch.zeros_like(tokens.old_logprobs_N)
-        for micro in self._micro_batches(batch, tokens, range(len(batch.rows))):
-            if self.critic.trunk is None:
-                hidden_B_T_D = self._hidden(self.policy, micro)
-            else:
-                hidden_B_T_D = torch.empty(0, device=self.policy.device)
-            values_B_T = self.critic(hidden_B_T_D, micro.token_ids_B_T)
-            values_N[micro.index_n] = values_B_T[micro.row_n, micro.source_n]
-        return values_N
-
-    @torch.no_grad()
-    def _reference_logprobs(self, batch: PackedBatch, tokens: TokenData) -> Tensor | None:
-        if self.reference is None:
-            return None
-        reference_N = torch.zeros_like(tokens.old_logprobs_N)
-        for micro in self._micro_batches(batch, tokens, range(len(batch.rows))):
-            hidden_B_T_D = self._hidden(self.reference, micro)
-            reference_N[micro.index_n] = self._head(self.reference, hidden_B_T_D, micro)[0]
-        return reference_N
 
     # ---------------------------------------------------------------- optimiser steps
 
@@ -175,13 +180,22 @@ class Learner:
             entropy_weights_N=self._weights(tokens, member_N, self.control.aggregate),
         )
         if self.control.previews:
-            part.marks_N = self._preview(data, part, member_N, step=step, number=number)
+            with self.stopwatch("forward"):
+                part.marks_N = self._preview(data, part, member_N, step=step, number=number)
         metrics: dict[str, float] = defaultdict(float)
         self.optimizer.zero_grad(set_to_none=True)
-        for micro in self._micro_batches(data.batch, tokens, rows):
-            loss = self._loss(data, part, micro, metrics, step=step, on_policy=number == 0)
-            torch.autograd.backward(loss)
-        self._step(metrics)
+        drawn: list[tuple[Tensor, Tensor]] = []
+        for micro in self._passes.micro_batches(data.batch, tokens, rows):
+            with self.stopwatch("forward"):
+                loss, logprobs_n = self._loss(data, part, micro, metrics, step=step)
+            with self.stopwatch("backward"):
+                torch.autograd.backward(loss)
+            drawn.append((logprobs_n.detach(), tokens.sampler_logprobs_N[micro.index_n]))
+        if number == 0 and data.importance_N is None:
+            # The first mini-batch is the only one in which sampler and learner hold the same weights.
+            data.mismatch |= mismatch_metrics(*(torch.cat(part_n) for part_n in zip(*drawn, strict=True)))
+        with self.stopwatch("optimizer"):
+            self._step(metrics)
         return metrics
 
     def _weights(self, tokens: TokenData, member_N: Tensor, aggregate: str) -> Tensor:
@@ -200,12 +214,9 @@ class Learner:
     def _preview(self, data: _StepData, part: _Minibatch, member_N: Tensor, *, step: int, number: int) -> Tensor | None:
         """Show the entropy control the whole mini-batch under the policy as it is now."""
         tokens = data.tokens
-        logprobs_N, entropy_N = torch.zeros_like(tokens.old_logprobs_N), torch.zeros_like(tokens.old_logprobs_N)
-        for micro in self._micro_batches(data.batch, tokens, part.rows):
-            hidden_B_T_D = self._hidden(self.policy, micro)
-            logprobs_n, entropy_n = self._head(self.policy, hidden_B_T_D, micro)
-            logprobs_N[micro.index_n] = logprobs_n
-            entropy_N[micro.index_n] = self._controlled_entropy(hidden_B_T_D, micro, entropy_n)
+        logprobs_N, entropy_N = self._passes.score(
+            self.policy, data.batch, tokens, rows=part.rows, top_p=self.control.nucleus
+        )
         seed = np.random.SeedSequence([self.config.seed, CONTROL_STREAM, step, number])
         marks_n = self.control.preview(
             logprobs_N[member_N],
@@ -229,14 +240,15 @@ class Learner:
         metrics: dict[str, float],
         *,
         step: int,
-        on_policy: bool,
-    ) -> Tensor:
-        """This micro-batch's share of the mini-batch loss."""
+    ) -> tuple[Tensor, Tensor]:
+        """This micro-batch's share of the mini-batch loss, and the log-probabilities of its trained tokens."""
         algorithm, tokens, index_n = self.config.algorithm, data.tokens, micro.index_n
         weights_n = part.weights_N[index_n]
         marks_n = None if part.marks_N is None else part.marks_N[index_n]
-        hidden_B_T_D = self._hidden(self.policy, micro)
-        logprobs_n, entropy_n = self._head(self.policy, hidden_B_T_D, micro)
+        hidden_B_T_D = self._passes.hidden(self.policy, micro)
+        logprobs_n, entropy_n = self._passes.statistics(self.policy, hidden_B_T_D, micro)
+        if self.control.nucleus is not None:
+            entropy_n = self._passes.nucleus(self.policy, hidden_B_T_D, micro, top_p=self.control.nucleus)
         surrogate = self.control.surrogate(
             logprobs_n,
             tokens.old_logprobs_N[index_n],
@@ -246,9 +258,12 @@ class Learner:
             dual_clip=algorithm.dual_clip,
             marks_N=marks_n,
         )
-        policy_loss = (weights_n * surrogate.loss_N).sum()
+        policy_loss_n = surrogate.loss_N
+        if data.importance_N is not None:
+            policy_loss_n = data.importance_N[index_n] * policy_loss_n
+        policy_loss = (weights_n * policy_loss_n).sum()
         entropy = self.control.entropy_loss(
-            self._controlled_entropy(hidden_B_T_D, micro, entropy_n),
+            entropy_n,
             part.entropy_weights_N[index_n],
             tokens.turn_ids_N[index_n],
             step=step,
@@ -261,14 +276,12 @@ class Learner:
         for name, value in entropy.metrics.items():
             metrics[name] += value
         with torch.no_grad():
-            # The tokens were drawn from the old policy, so this estimates KL(old || new) without bias.
+            # Drawn from the old policy (up to the sampler's numerics), they estimate KL(old || new) without bias.
             kl_n = kl_penalty(tokens.old_logprobs_N[index_n], logprobs_n, kind="k3")
             # Metrics are means, whatever the weights of the loss add up to.
             shares_n = weights_n / part.weights_N.sum()
             metrics["policy/kl"] += (shares_n * kl_n).sum().item()
             metrics["policy/clip_fraction"] += (shares_n * surrogate.is_clipped_N).sum().item()
-            if on_policy:
-                metrics["sampler/mismatch_kl"] += (shares_n * kl_n).sum().item()
         if data.reference_N is not None:
             reference_kl_n = kl_penalty(logprobs_n, data.reference_N[index_n], kind=algorithm.kl_kind)
             loss = loss + algorithm.kl_coefficient * (weights_n * reference_kl_n).sum()
@@ -285,7 +298,7 @@ class Learner:
             critic_loss = (weights_n * value_n).sum()
             loss = loss + algorithm.critic.coefficient * critic_loss
             metrics["value/loss"] += critic_loss.item()
-        return loss
+        return loss, logprobs_n
 
     def _step(self, metrics: dict[str, float]) -> None:
         clip = self.config.optimizer.grad_clip
@@ -301,39 +314,6 @@ class Learner:
             self.optimizer.step()
         else:
             metrics["update/skipped"] += 1.0
-
-    # ---------------------------------------------------------------- forward passes
-
-    def _micro_batches(self, batch: PackedBatch, tokens: TokenData, indices: Sequence[int]) -> list[MicroBatch]:
-        budget = self.config.optimizer.microbatch_tokens
-        return list(micro_batches(batch.rows, tokens.row_spans, indices, max_tokens=budget, device=self.policy.device))
-
-    def _hidden(self, policy: Policy, micro: MicroBatch) -> Tensor:
-        return policy.hidden(micro.token_ids_B_T)
-
-    def _head(self, policy: Policy, hidden_B_T_D: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies of the trained tokens only: the head never sees the others."""
-        head = policy.head(hidden_B_T_D[micro.row_n, micro.source_n])
-        return token_logprobs_and_entropy(
-            head.hidden_N_D,
-            head.weight_V_D,
-            micro.targets_n,
-            head_bias=head.bias_V,
-            temperature=self.config.rollout.temperature,
-        )
-
-    def _controlled_entropy(self, hidden_B_T_D: Tensor, micro: MicroBatch, entropy_n: Tensor) -> Tensor:
-        """The entropies that the control asks for: the whole vocabulary's, or its nucleus'."""
-        if self.control.nucleus is None:
-            return entropy_n
-        head = self.policy.head(hidden_B_T_D[micro.row_n, micro.source_n])
-        return nucleus_entropy(
-            head.hidden_N_D,
-            head.weight_V_D,
-            top_p=self.control.nucleus,
-            head_bias=head.bias_V,
-            temperature=self.config.rollout.temperature,
-        )
 
     # ---------------------------------------------------------------- numbers to look at
 

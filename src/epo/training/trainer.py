@@ -23,6 +23,7 @@ from epo.errors import UserError
 from epo.evaluation.panels import PanelResult, evaluate
 from epo.objectives import make_control
 from epo.reporting.metrics import entropy_oscillation, rollout_metrics
+from epo.reporting.timetable import time_metrics
 from epo.rollout import EpisodeSpec, RolloutCollector
 from epo.sampling.base import Sampler
 from epo.sampling.local import LocalSampler
@@ -138,6 +139,7 @@ class Trainer:
             start = time.perf_counter()
             groups = self.collect(self.state.step)
             rollout_seconds = time.perf_counter() - start
+            groups = self.learner.rescore(groups)
             metrics = self.learner.update(groups, step=self.state.step)
             step_seconds = time.perf_counter() - start
             self.state.step += 1
@@ -184,15 +186,14 @@ class Trainer:
         metrics["entropy/oscillation"] = entropy_oscillation(self.state.entropy_by_step)
         tokens = sum(t.num_tokens for group in groups for t in group.trajectories)
         timing = self.collector.timing
-        metrics |= {
-            "time/step": step_seconds,
-            "time/rollout": rollout_seconds,
-            "time/environment": timing.environment,
-            "time/sampling": timing.sampling,
-            "time/update": step_seconds - rollout_seconds,
-            "tokens/sampled": float(tokens),
-            "tokens/per_second": tokens / step_seconds,
-        }
+        rollout = {"environment": timing.environment, "prefill": timing.prefill, "decode": timing.decode}
+        metrics |= time_metrics(
+            rollout | self.learner.stopwatch.take(),
+            step_seconds=step_seconds,
+            rollout_seconds=rollout_seconds,
+            sampling_seconds=timing.sampling,
+        )
+        metrics |= {"tokens/sampled": float(tokens), "tokens/per_second": tokens / step_seconds}
         self.run.add_step(self.state.step, metrics, groups)
         if self.log is not None:
             self.log.step(self.state.step, metrics)

@@ -1,0 +1,78 @@
+"""Log-probabilities and entropies computed anew by the learner, and the correction for the sampler's other numerics.
+
+A sampler of another make (an inference engine, other kernels, another precision) draws from a distribution a little off
+the learner's. The probability ratio then starts from the learner's own log-probabilities, and each token's surrogate is
+multiplied by a truncated importance weight: truncated importance sampling (TIS), as verl (`rollout_is`) and TRL
+(`vllm_importance_sampling_correction`) use it for engine mismatch.
+
+Legend: N trained tokens of the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from epo.objectives import kl_penalty
+from epo.packing import pack
+from epo.training.batch import flatten
+from epo.training.passes import Passes
+from epo.training.policy import Policy
+from epo.types import Trajectory, TrajectoryGroup, Turn
+
+
+def rescored(groups: Sequence[TrajectoryGroup], policy: Policy, passes: Passes) -> list[TrajectoryGroup]:
+    """Copies of `groups` whose turns carry the learner's log-probabilities beside the sampler's, and its entropies
+    instead of the sampler's. One forward pass over all trajectories, lost ones included, since all are recorded."""
+    trajectories = [t for group in groups for t in group.trajectories if t.turns]
+    if not trajectories:
+        return list(groups)
+    batch = pack(trajectories)
+    tokens = flatten(batch, trajectories, device=policy.device)
+    logprobs_N, entropy_N = (x_N.cpu().numpy() for x_N in passes.score(policy, batch, tokens))
+    done = 0
+
+    def turn(old: Turn) -> Turn:
+        nonlocal done
+        span = slice(done, done + len(old.response_ids))
+        done = span.stop
+        return replace(old, learner_logprobs=logprobs_N[span], entropy=entropy_N[span])
+
+    def trajectory(old: Trajectory) -> Trajectory:
+        return replace(old, turns=[turn(t) for t in old.turns])
+
+    found = [replace(group, trajectories=[trajectory(t) for t in group.trajectories]) for group in groups]
+    assert done == len(logprobs_N)
+    return found
+
+
+def truncated_importance_weights(learner_logprobs_N: Tensor, sampler_logprobs_N: Tensor, *, cap: float) -> Tensor:
+    """[N] min(pi_learner / pi_sampler, cap), without gradient: 1 where the two agree.
+
+    Truncation bounds the variance (Ionides 2008) at the price of a bias on tokens the sampler undersamples.
+    """
+    return (learner_logprobs_N - sampler_logprobs_N).detach().exp().clamp(max=cap)
+
+
+def mismatch_metrics(learner_logprobs_N: Tensor, sampler_logprobs_N: Tensor) -> dict[str, float]:
+    """How far apart the two are on drawn tokens, with equal weights; nothing for no tokens."""
+    if learner_logprobs_N.numel() == 0:
+        return {}
+    kl_N = kl_penalty(sampler_logprobs_N, learner_logprobs_N, kind="k3")
+    return {
+        "sampler/mismatch_kl": kl_N.mean().item(),
+        "sampler/mismatch_max": (learner_logprobs_N - sampler_logprobs_N).abs().max().item(),
+    }
+
+
+def weight_metrics(learner_logprobs_N: Tensor, sampler_logprobs_N: Tensor, *, cap: float) -> dict[str, float]:
+    """What the correction does: the mean weight, and the share of tokens whose weight was truncated."""
+    weights_N = truncated_importance_weights(learner_logprobs_N, sampler_logprobs_N, cap=cap)
+    is_truncated_N = learner_logprobs_N - sampler_logprobs_N > torch.tensor(cap).log()
+    return {
+        "sampler/importance_mean": weights_N.mean().item(),
+        "sampler/importance_truncated": is_truncated_N.float().mean().item(),
+    }
