@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from chat_templates import APPEND_ONLY, STYLES, style_tokenizer
-from hypothesis import given
+from chat_templates import STYLES, style_tokenizer
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epo.agent.chat import ChatFormat
@@ -61,6 +61,7 @@ def responses(draw: st.DrawFn) -> list[tuple[list[int], bool]]:
 
 
 @pytest.mark.parametrize("name", STYLES)
+@settings(max_examples=20, deadline=None)
 @given(turns=responses(), observation=st.text(alphabet="abc xyz.,\n打", max_size=20))
 def test_a_prompt_is_the_one_before_plus_what_was_drawn_plus_a_message(
     name: str, turns: list[tuple[list[int], bool]], observation: str
@@ -99,20 +100,6 @@ def test_a_forced_end_token_is_read_but_never_trained() -> None:
     (row,) = pack([Trajectory(task=TASK, turns=[turn(first, cut), turn(second, ended)])]).rows
     assert not row.trained_T[len(first) + len(cut)]
     assert row.token_ids_T[row.trained_T].tolist() == [70, 71, 72, chat.stop_id]
-
-
-@pytest.mark.parametrize("name", APPEND_ONLY)
-def test_encoded_responses_give_the_template_s_own_rendering(name: str) -> None:
-    chat = chat_of(name)
-    context = transcript(chat)
-    prompt = context.open(FIRST)
-    messages = [{"role": "user", "content": "Find the cup.\nYou are in the hall."}]
-    for number in range(3):
-        answer, seen = f"<think>{number}</think><action>open door</action>", f"Door {number} is open."
-        prompt = context.advance(chat.response_ids(answer), action="x", observation=Observation(text=seen))
-        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": seen}]
-        rendered = chat.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        assert prompt == chat.tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 
 def test_thoughts_stay_where_the_template_would_take_them_out() -> None:
