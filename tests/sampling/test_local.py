@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from epo.sampling.base import Completion, Request
-from epo.sampling.local import LocalSampler, _inverse_transform
+from epo.sampling.draw import draw_tokens
+from epo.sampling.local import LocalSampler
 from epo.training.policy import Policy
 
 MakePolicy = Callable[..., Policy]
@@ -167,7 +168,7 @@ def test_drawn_frequencies_are_the_softmax(temperature: float) -> None:
     logits = torch.tensor([2.0, 0.5, -1.0, 1.5, 0.0])
     count = 20_000
     uniform = np.random.default_rng(11).random(count).tolist()
-    drawn = _inverse_transform((logits / temperature).expand(count, -1), uniform)
+    drawn = draw_tokens((logits / temperature).expand(count, -1), uniform)
     observed = torch.bincount(drawn, minlength=5).double()
     weights = [np.exp(x / temperature) for x in logits.tolist()]
     expected = torch.tensor([count * w / sum(weights) for w in weights], dtype=torch.double)
@@ -191,7 +192,7 @@ def test_a_policy_s_own_first_tokens_are_drawn_by_their_probability(policy: Poli
 
 def test_impossible_tokens_are_never_drawn_at_the_edges() -> None:
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]] * 4)
-    assert _inverse_transform(logits, [0.0, 0.4999, 0.5, 1 - 2**-53]).tolist() == [1, 1, 3, 3]
+    assert draw_tokens(logits, [0.0, 0.4999, 0.5, 1 - 2**-53]).tolist() == [1, 1, 3, 3]
 
 
 def test_new_weights_drop_old_caches(policy: Policy) -> None:
