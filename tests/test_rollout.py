@@ -7,15 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from epo.config import AgentConfig
 from epo.environments import make_suite
 from epo.environments.pool import EnvPool
+from epo.packing import pack
+from epo.reporting.metrics import rollout_metrics
 from epo.rollout import EpisodeSpec, RolloutCollector
 from epo.sampling.base import Completion, Request, Sampler
 from epo.sampling.local import LocalSampler
 from epo.training.policy import Policy
-from epo.types import StopReason, Task, Trajectory
+from epo.types import StopReason, Task, Trajectory, TrajectoryGroup
 
 OPTIONS = {"length": 3, "choices": 2, "tasks": 4}
 SUITE = make_suite("corridor", OPTIONS)
@@ -131,6 +134,73 @@ def test_prompts_that_outgrow_the_context(collect: Callable[..., tuple[list[Traj
     assert second.stop_reason is StopReason.CONTEXT_OVERFLOW and len(second.turns) == 2
     (never,), script = collect(right_word, tasks=TASKS[:1], max_context=lengths[0] + AGENT.max_response_tokens - 1)
     assert never.stop_reason is StopReason.CONTEXT_OVERFLOW and never.turns == [] and script.asked == []
+    assert never.error == (
+        f"the prompt of turn 0 has {lengths[0]} tokens; model.max_context={lengths[0] + 7} less "
+        f"agent.max_response_tokens=8 leaves {lengths[0] - 1}"
+    )
+
+
+DROPPING = AGENT.model_copy(update={"overflow": "drop_oldest"})
+
+
+def test_an_episode_goes_on_without_its_oldest_turns(collect: Callable[..., tuple[list[Trajectory], Script]]):
+    ended, _ = collect(lambda prompt: "dance", tasks=TASKS[:1], max_turns=12)
+    lengths = [len(turn.prompt_ids) for turn in ended[0].turns]
+    found, script = collect(
+        lambda prompt: "dance", tasks=TASKS[:2], max_turns=12, max_context=lengths[4] + 8, agent=DROPPING
+    )
+    for number, t in enumerate(found):
+        assert t.stop_reason is StopReason.MAX_TURNS and len(t.turns) == 12 and t.error is None
+        assert [turn.prompt_ids.tolist() for turn in t.turns] == script.prompts[number]
+        assert max(len(turn.prompt_ids) for turn in t.turns) <= lengths[4]
+        dropped = [turn.dropped_turns for turn in t.turns]
+        assert dropped[:4] == [0] * 4 and dropped == sorted(dropped) and len(set(dropped)) <= 5
+    batch = pack(found)
+    metrics = rollout_metrics([TrajectoryGroup(task=TASKS[0], trajectories=found)])
+    assert metrics["context/segments"] == len(batch.rows) / 2 >= 3
+    assert metrics["context/dropped_turns"] == sum(t.turns[-1].dropped_turns for t in found) / 2 >= 6
+    assert metrics["context/drift"] == 0 and metrics["stop/context_overflow"] == 0
+
+
+def test_not_even_the_last_exchange_fits(collect: Callable[..., tuple[list[Trajectory], Script]]):
+    (whole,), _ = collect(right_word, tasks=TASKS[:1])
+    size = len(whole.turns[1].prompt_ids) + AGENT.max_response_tokens - 1
+    (found,), _ = collect(right_word, tasks=TASKS[:1], max_context=size, agent=DROPPING)
+    assert found.stop_reason is StopReason.CONTEXT_OVERFLOW and len(found.turns) == 1
+    assert found.error is not None and "the prompt of turn 1 has" in found.error
+
+
+def test_what_was_drawn_after_a_drop_has_the_probability_that_the_learner_finds(policy: Policy):
+    """Rows, positions and kept ids are right, or these would be log-probabilities of something else."""
+    agent = DROPPING.model_copy(update={"max_response_tokens": 6, "prompt": "brief"})
+    with EnvPool("corridor", OPTIONS, size=2) as pool:
+        sampler = LocalSampler(policy, max_episodes=2)
+        collector = RolloutCollector(pool, sampler, policy.chat, agent, max_turns=10, max_context=220)
+        found = collector.collect(specs(TASKS[:2]), temperature=1.0)
+    assert all(len(t.turns) == 10 and t.turns[-1].dropped_turns > 2 for t in found)
+    rows = pack(found).rows
+    assert len(rows) >= 4
+    for row in rows:
+        with torch.no_grad():
+            logits_T_V = policy.model(torch.from_numpy(row.token_ids_T)[None]).logits[0].double()
+        positions = np.flatnonzero(row.trained_T)
+        logprobs_T_V = torch.log_softmax(logits_T_V[positions - 1], dim=-1)
+        found_n = logprobs_T_V[torch.arange(len(positions)), torch.from_numpy(row.token_ids_T[positions])]
+        np.testing.assert_allclose(found_n.numpy(), row.logprobs_T[positions], atol=1e-4)
+
+
+def test_drift_is_counted_and_nothing_is_encoded_again(
+    collect: Callable[..., tuple[list[Trajectory], Script]], policy: Policy, monkeypatch: pytest.MonkeyPatch
+):
+    letters = [i for letter in "door" for i in policy.chat.response_ids(letter)[:-1]] + [policy.chat.stop_id]
+    assert letters != policy.chat.response_ids("door")
+    monkeypatch.setattr(policy.chat, "response_ids", lambda text: letters)
+    (found,), _ = collect(lambda prompt: "door", tasks=TASKS[:1], max_turns=2)
+    assert [turn.action for turn in found.turns] == ["door", "door"]
+    assert [turn.response_ids.tolist() for turn in found.turns] == [letters, letters]
+    assert rollout_metrics([TrajectoryGroup(task=TASKS[0], trajectories=[found])])["context/drift"] == 1.0
+    (row,) = pack([found]).rows
+    assert row.token_ids_T[row.trained_T].tolist() == letters * 2
 
 
 def test_window_contexts_are_rendered_anew(collect: Callable[..., tuple[list[Trajectory], Script]], policy: Policy):
