@@ -56,7 +56,8 @@ def imitate_and_evaluate(config: Config, observer: Observer) -> tuple[Path, list
     suite = prepare_suite(config)
     with open_pool(config) as pool:
         policy = starting_policy(config, suite, pool, observer)
-        return Path(policy.model.name_or_path), _play_panels(config, suite, pool, policy, observer)
+        assert policy.folder is not None
+        return policy.folder, _play_panels(config, suite, pool, policy, observer)
 
 
 def _play_panels(

@@ -11,7 +11,6 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,8 +25,8 @@ from epo.objectives import token_logprobs_and_entropy
 from epo.packing import pack
 from epo.training.batch import micro_batches
 from epo.training.demonstrations import Demonstration, as_trajectory, texts
-from epo.training.policy import Policy, load_policy
-from epo.training.tiny import build_model, build_tokenizer
+from epo.training.policy import Policy, embedded_policy, load_policy
+from epo.training.tiny import build_tokenizer
 from epo.types import PackedRow, Trajectory
 
 
@@ -158,10 +157,9 @@ def _targets(
 
 def _fresh_policy(config: Config, demonstrations: Sequence[Demonstration]) -> Policy:
     if config.model.path != "tiny":
-        return load_policy(config.model.path, config.model)
+        return load_policy(config.model.path, config.model, seed=config.seed)
     tokenizer = build_tokenizer(texts(demonstrations), vocabulary_size=config.model.tiny.vocabulary_size)
-    model = build_model(tokenizer, config.model, seed=config.seed).eval()
-    return Policy(model, tokenizer, max_context=config.model.max_context)
+    return embedded_policy(tokenizer, config.model, seed=config.seed)
 
 
 def _length(trajectory: Trajectory) -> int:

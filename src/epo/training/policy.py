@@ -7,22 +7,34 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib.util
-import json
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from epo.agent.chat import ChatFormat
 from epo.config import CriticConfig, ModelConfig
 from epo.errors import UserError
 from epo.models import resolve_model
+from epo.training.adapters import (
+    BASE_FILE,
+    CRITIC,
+    POLICY,
+    Adapters,
+    AdapterTrunk,
+    Base,
+    files_digest,
+    tensors_digest,
+)
+from epo.training.hardware import resolve_compute, resolve_device
+from epo.training.model_directory import load_directory, load_tokenizer, refuse_unsupported
+from epo.training.padding_free import flat_rows
+from epo.training.recomputation import enable_recomputation, recomputing
+from epo.training.tiny import build_model
 
 
 class HeadInputs(NamedTuple):
@@ -41,22 +53,36 @@ class Policy:
     Args:
         compute: type of the matrix products. bfloat16 over float32 weights means autocast: the residual stream, the
             norms and the logits stay in float32.
+        adapters: those of `model`, where it has any.
+        adapter: which of them this policy computes with; None for the model without them.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, max_context: int, compute: torch.dtype = torch.float32
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        max_context: int,
+        compute: torch.dtype = torch.float32,
+        adapters: Adapters | None = None,
+        adapter: str | None = POLICY,
     ) -> None:
-        _refuse_unsupported(model, max_context=max_context)
+        refuse_unsupported(model, max_context=max_context)
         self.model = model
         self.tokenizer = tokenizer
         self.chat = ChatFormat(tokenizer)
         self.max_context = max_context
         self.compute = compute
+        self.adapters = adapters
+        self.adapter = adapter
         self.version = 0
+        self.folder: Path | None = None
+        """Where it was loaded from."""
+        self._rounded_head: dict[tuple[int, int], Tensor] = {}
 
     @property
     def trunk(self) -> nn.Module:
-        """The model without its head: token ids to hidden states."""
+        """The model without its head: token ids to hidden states. With adapters, the trained policy's."""
         return self.model.base_model
 
     @property
@@ -71,14 +97,16 @@ class Policy:
     def device(self) -> torch.device:
         return self.head_weight_V_D.device
 
-    def hidden(self, token_ids_B_T: Tensor) -> Tensor:
+    def hidden(self, token_ids_B_T: Tensor, lengths_B: Tensor | None = None) -> Tensor:
         """Hidden states [B, T, D] of right-padded rows.
 
-        No padding mask: with padding on the right, causality alone keeps real tokens from seeing it, and a plain causal
-        mask is the fast path of every attention kernel.
+        Args:
+            lengths_B: real tokens of each row. With them, and a kernel for rows of different lengths, nothing is
+                computed for padding, whose hidden states are zeros then.
         """
-        with self.autocast():
-            return self.trunk(input_ids=token_ids_B_T, use_cache=False).last_hidden_state
+        using = nullcontext() if self.adapters is None else self.adapters.using(self.adapter)
+        with self.autocast(), using:
+            return trunk_hidden(self.trunk, token_ids_B_T, lengths_B)
 
     def autocast(self) -> AbstractContextManager[None]:
         """The precision in which this policy computes, for the learner and for every sampler."""
@@ -92,18 +120,49 @@ class Policy:
         weight_V_D, bias_V = self.head_weight_V_D, self.head_bias_V
         if self.compute is torch.float32:
             return HeadInputs(hidden_N_D, weight_V_D, bias_V)
-        return HeadInputs(hidden_N_D.to(self.compute), weight_V_D.to(self.compute), bias_V)
+        return HeadInputs(hidden_N_D.to(self.compute), self._rounded(weight_V_D), bias_V)
+
+    def _rounded(self, weight_V_D: Tensor) -> Tensor:
+        """The head in the type of the products; rounded once where it is frozen."""
+        if weight_V_D.requires_grad or weight_V_D.is_inference():
+            return weight_V_D.to(self.compute)
+        key = (weight_V_D.data_ptr(), weight_V_D._version)
+        if key not in self._rounded_head:
+            self._rounded_head.clear()
+            # A tensor made in inference mode could not take part in a backward later.
+            with torch.inference_mode(False):
+                self._rounded_head[key] = weight_V_D.detach().to(self.compute)
+        return self._rounded_head[key]
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        return self.model.parameters()
+        """What training changes."""
+        if self.adapters is not None:
+            return self.adapters.parameters(self.adapter)
+        return (parameter for parameter in self.model.parameters() if parameter.requires_grad)
+
+    def describe(self) -> str:
+        """One line for people: size, device, and the types and kernels that were chosen."""
+        total = sum(parameter.numel() for parameter in self.model.parameters())
+        trained = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+        kinds = {"weights": self.head_weight_V_D.dtype, "products": self.compute}
+        types = ", ".join(f"{what} {str(dtype).removeprefix('torch.')}" for what, dtype in kinds.items())
+        attention = self.model.config._attn_implementation
+        return f"{total:,} parameters, {trained:,} trained, on {self.device}; {types}, attention {attention}"
 
     def save(self, folder: Path) -> None:
-        """Write a Hugging Face model directory (safetensors) that any tool can load."""
-        self.model.save_pretrained(folder, safe_serialization=True)
+        """Write a Hugging Face model directory (safetensors) that any tool can load, or with adapters, one of peft."""
+        if self.adapters is not None:
+            if self.adapter is None:
+                raise ValueError("a policy without its adapter is the base model, which is saved already")
+            self.adapters.save(folder, self.adapter)
+        else:
+            self.model.save_pretrained(folder, safe_serialization=True)
         self.tokenizer.save_pretrained(folder)
 
     def digest(self) -> str:
         """SHA-256 of all weights: equal for equal models."""
+        if self.adapters is not None:
+            return self.adapters.digest(self.adapter)
         total = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             total.update(name.encode())
@@ -111,7 +170,19 @@ class Policy:
         return total.hexdigest()
 
     def frozen_copy(self) -> Policy:
-        """The reference policy: the same weights, never trained."""
+        """The reference policy: the same weights, never trained. Of adapters only the adapter is copied."""
+        if self.adapters is not None:
+            adapter = self.adapters.frozen(self.adapter)
+            twin = Policy(
+                self.model,
+                self.tokenizer,
+                max_context=self.max_context,
+                compute=self.compute,
+                adapters=self.adapters,
+                adapter=adapter,
+            )
+            twin._rounded_head = self._rounded_head
+            return twin
         model = copy.deepcopy(self.model).eval()
         model.requires_grad_(False)
         return Policy(model, self.tokenizer, max_context=self.max_context, compute=self.compute)
@@ -123,143 +194,138 @@ class Critic(nn.Module):
     def __init__(self, policy: Policy, config: CriticConfig) -> None:
         super().__init__()
         hidden_size = int(policy.model.config.hidden_size)
-        self.trunk = copy.deepcopy(policy.trunk) if config.trunk == "separate" else None
+        self.trunk: nn.Module | None = None
+        if config.trunk == "separate":
+            self.trunk = copy.deepcopy(policy.trunk) if policy.adapters is None else _second_trunk(policy)
         self.autocast = policy.autocast
         self.head = nn.Linear(hidden_size, 1, device=policy.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, hidden_B_T_D: Tensor, token_ids_B_T: Tensor) -> Tensor:
-        """Values [B, T] in fp32, from the policy's hidden states or from the own trunk."""
+    def forward(self, hidden_B_T_D: Tensor, token_ids_B_T: Tensor, lengths_B: Tensor | None = None) -> Tensor:
+        """Values [B, T] in fp32, from the policy's hidden states or from the own trunk (`Policy.hidden`)."""
         if self.trunk is not None:
             with self.autocast():
-                hidden_B_T_D = self.trunk(input_ids=token_ids_B_T, use_cache=False).last_hidden_state
+                hidden_B_T_D = trunk_hidden(self.trunk, token_ids_B_T, lengths_B)
         return self.head(hidden_B_T_D.to(self.head.weight.dtype)).squeeze(-1).float()
 
 
-def resolve_device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("model.device='cuda' but PyTorch sees no GPU: set model.device=cpu, or install a CUDA build")
-    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name if name != "auto" else "cpu")
+def _second_trunk(policy: Policy) -> AdapterTrunk:
+    """The policy's trunk with an adapter of its own, which starts as the policy's."""
+    adapters = policy.adapters
+    assert adapters is not None and policy.adapter is not None
+    return AdapterTrunk(adapters, adapters.add(CRITIC, like=policy.adapter, trainable=True), policy.trunk)
 
 
-def resolve_compute(config: ModelConfig, device: torch.device) -> torch.dtype:
-    """The type of the matrix products: as configured, or what the hardware multiplies fastest without harm."""
-    if config.compute != "auto":
-        return getattr(torch, config.compute)
-    if config.path == "tiny":  # too small to gain, and the same on every machine
-        return torch.float32
-    return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
+def trunk_hidden(trunk: nn.Module, token_ids_B_T: Tensor, lengths_B: Tensor | None = None) -> Tensor:
+    """Hidden states [B, T, D] of right-padded rows, in the precision of the caller.
+
+    No padding mask: with padding on the right, causality alone keeps real tokens from seeing it, and a plain causal
+    mask is the fast path of every attention kernel.
+    """
+    model = trunk.model if isinstance(trunk, AdapterTrunk) else trunk
+    with recomputing(model):
+        if lengths_B is None or not _keeps_rows_apart(model):
+            return trunk(input_ids=token_ids_B_T, use_cache=False).last_hidden_state
+        rows = flat_rows(token_ids_B_T, lengths_B)
+        flat_1_N_D = trunk(
+            input_ids=rows.token_ids_1_N,
+            position_ids=rows.position_ids_1_N,
+            use_cache=False,
+            **rows.attention_arguments(),
+        ).last_hidden_state
+    return rows.padded(flat_1_N_D)
 
 
-def _multiplies_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if hasattr(torch.cpu, "get_capabilities"):
-        found = torch.cpu.get_capabilities()
-        return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return False
+def _keeps_rows_apart(model: Any) -> bool:
+    """Whether its attention takes rows of different lengths without padding."""
+    return model.device.type == "cuda" and model.config._attn_implementation == "flash_attention_2"
 
 
-def resolve_attention(config: ModelConfig, device: torch.device) -> str:
-    """The attention implementation of transformers: as configured, or the fastest that is installed."""
-    if config.attention != "auto":
-        return config.attention
-    has_flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if has_flash else "sdpa"
+def load_policy(folder: str | Path, config: ModelConfig, *, seed: int = 0) -> Policy:
+    """Load a model, or an adapter and its base, by directory or name (`epo.models.resolve_model`).
 
+    Only the name of a model on the Hugging Face hub that is not on this machine yet causes a download. No code of the
+    model is run.
 
-def load_policy(folder: str | Path, config: ModelConfig) -> Policy:
-    """Load a model by directory or name (`epo.models.resolve_model`). No code of the model is run.
-
-    Only the name of a model on the Hugging Face hub that is not on this machine yet causes a download.
+    Args:
+        seed: of a new adapter, where the configuration asks for one and the directory holds none.
 
     Raises:
-        UserError: no such directory, a missing or half-written file, no chat template, unsupported architecture.
+        UserError: no such directory, a missing or half-written file, no chat template, unsupported architecture, an
+            adapter that is not what the configuration says, or whose base is not the one it was trained on.
     """
-    folder = resolve_model(folder)
+    path, folder = str(folder), resolve_model(folder)
+    if os.path.isfile(folder / BASE_FILE):  # unlike Path.is_file, never raises
+        return _load_adapted(folder, config)
+    model, tokenizer = load_directory(folder, config)
+    base = None
+    if config.lora.rank > 0:
+        # A name may stand for another directory elsewhere, a relative path from elsewhere.
+        base = Base(path=os.path.abspath(path) if os.path.isdir(path) else path, sha256=files_digest(folder))
+    return _ready_policy(model, tokenizer, config, base=base, seed=seed, folder=folder)
+
+
+def embedded_policy(tokenizer: Any, config: ModelConfig, *, seed: int) -> Policy:
+    """The embedded model for `tokenizer` as a policy, untrained."""
+    model: Any = build_model(tokenizer, config, seed=seed)
+    base = None
+    if config.lora.rank > 0:
+        base = Base(path="tiny", sha256=tensors_digest(model.state_dict().items()), seed=seed)
+        model.to(getattr(torch, config.dtype))
+    return _ready_policy(model, tokenizer, config, base=base, seed=seed, folder=None)
+
+
+def resumed_policy(folder: Path, config: ModelConfig, *, start: Policy) -> tuple[Policy, Policy]:
+    """The policy that was saved in `folder`, and the one that training started from, frozen; adapters on one base."""
+    if start.adapters is None:
+        return load_policy(folder, config), start
+    frozen = start.frozen_copy()
+    start.adapters.read(folder, POLICY)
+    return start, frozen
+
+
+def _load_adapted(folder: Path, config: ModelConfig) -> Policy:
+    base = Base.read(folder)
+    if config.lora.rank == 0:
+        raise UserError(
+            f"{str(folder)!r} holds an adapter of {base.path!r}: set model.lora.rank to that of the adapter"
+        )
+    tokenizer = load_tokenizer(folder)
+    if base.path == "tiny":
+        policy = embedded_policy(tokenizer, config, seed=base.seed or 0)
+    else:
+        base_folder = resolve_model(base.path)
+        if not os.path.isdir(base_folder):
+            raise UserError(
+                f"{base.path!r}, which the adapter {str(folder)!r} was trained on, is not there: put it back, or set "
+                f"'path' in {str(folder / BASE_FILE)!r} to where it is"
+            )
+        model, _ = load_directory(base_folder, config)
+        found = Base(path=base.path, sha256=files_digest(base_folder))
+        policy = _ready_policy(model, tokenizer, config, base=found, seed=0, folder=folder)
+    adapters = policy.adapters
+    assert adapters is not None
+    if adapters.base != base:
+        raise UserError(
+            f"{base.path!r} is not the model that the adapter {str(folder)!r} was trained on: put that one in its "
+            f"place, or set 'path' in {str(folder / BASE_FILE)!r} to where it is"
+        )
+    adapters.read(folder, POLICY)
+    policy.folder = folder
+    return policy
+
+
+def _ready_policy(
+    model: Any, tokenizer: Any, config: ModelConfig, *, base: Base | None, seed: int, folder: Path | None
+) -> Policy:
     device = resolve_device(config.device)
-    _check_directory(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            dtype=getattr(torch, config.dtype),
-            attn_implementation=resolve_attention(config, device),
-            output_loading_info=True,
-        )
-        model, report = loaded
-    except Exception as error:  # whatever is wrong with the files: tokenizers, for one, raises bare Exception
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(
-            f"model.path={str(folder)!r} cannot be loaded ({reason}): copy the directory again, completely, "
-            "or choose a model that this version of transformers knows"
-        ) from None
-    missing = sorted(report["missing_keys"])
-    if missing:  # transformers would go on with random numbers in their place
-        raise UserError(
-            f"model.path={str(folder)!r} has no weights for {', '.join(missing[:3])}"
-            f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}: copy the directory again, completely"
-        )
-    entries = model.get_input_embeddings().weight.shape[0]
-    # Without added tokens: many a directory declares a padding token that no text ever needs.
-    if tokenizer.vocab_size > entries:
-        raise UserError(
-            f"model.path={str(folder)!r}: the tokenizer has {tokenizer.vocab_size} entries, the model {entries}: "
-            "they do not belong together, copy both from the same place"
-        )
     model.to(device)
     model.eval()  # no dropout: the sampler and the learner must compute the same numbers
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and config.max_context > limit:
-        raise UserError(
-            f"model.max_context={config.max_context} exceeds what {str(folder)!r} can read: at most {limit}"
-        )
-    return Policy(model, tokenizer, max_context=config.max_context, compute=resolve_compute(config, device))
-
-
-def _check_directory(folder: Path) -> None:
-    if not os.path.isdir(folder):  # unlike Path.is_dir, never raises
-        raise UserError(
-            f"model.path={str(folder)!r} is not a directory: give the path of a Hugging Face model directory, "
-            "or 'tiny' for the embedded model, or a name that `epo models` lists"
-        )
-    if not (folder / "config.json").is_file():
-        raise UserError(f"model.path={str(folder)!r} has no config.json: it is not a Hugging Face model directory")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{str(index)!r} is damaged: copy the model directory again, completely") from None
-    else:
-        shards = {"model.safetensors"}
-    missing = sorted(name for name in shards if not (folder / name).is_file())
-    if missing:
-        raise UserError(
-            f"model.path={str(folder)!r} lacks {', '.join(missing)}: copy it again, completely, or convert its weights "
-            "to safetensors (pickled weights are not read)"
-        )
-
-
-def _refuse_unsupported(model: Any, *, max_context: int) -> None:
-    config = model.config
-    what = f"model.path={model.name_or_path!r} holds a model of type {getattr(config, 'model_type', '?')!r}"
-    instead = "choose a model of another family, Llama or Qwen for example"
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise UserError(f"{what}, whose head applies {name}, which the losses do not: {instead}")
-    window = getattr(config, "sliding_window", None)
-    # Where the layers are not told apart (Mistral, Phi), a window is that of all of them.
-    layers = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
-    if layers - {"full_attention", "sliding_attention"}:
-        raise UserError(
-            f"{what} with layers of kind {', '.join(sorted(layers))}, which the sampler cannot keep: {instead}"
-        )
-    if "sliding_attention" in layers and window and window < max_context:
-        raise UserError(
-            f"{what} that attends to {window} tokens only in some layers, which the sampler does not: "
-            f"set model.max_context to {window} or less"
-        )
+    adapters = None if base is None else Adapters(model, config.lora, base, seed=seed)
+    if config.gradient_checkpointing:
+        enable_recomputation(model, adapters)
+    compute = resolve_compute(config, device)
+    policy = Policy(model, tokenizer, max_context=config.max_context, compute=compute, adapters=adapters)
+    policy.folder = folder
+    return policy

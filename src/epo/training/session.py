@@ -34,7 +34,7 @@ from epo.sampling._vllm_engine import require_vllm
 from epo.training.checkpoint import checkpoints, read_state
 from epo.training.demonstrations import collect_demonstrations
 from epo.training.imitation import warm_started_policy
-from epo.training.policy import Policy, load_policy
+from epo.training.policy import Policy, load_policy, resumed_policy
 from epo.training.run_folder import RunFolder
 from epo.training.trainer import Observer, Trainer
 
@@ -68,7 +68,7 @@ def open_pool(config: Config) -> EnvPool:
 def starting_policy(config: Config, suite: TaskSuite, pool: EnvPool, observer: Observer) -> Policy:
     """The policy before RL: loaded, and warm-started on demonstrations where the configuration asks for it."""
     if config.imitation.demonstrations == 0:
-        return load_policy(config.model.path, config.model)
+        return load_policy(config.model.path, config.model, seed=config.seed)
     if config.model.path != "tiny":
         load_policy(config.model.path, config.model)  # a bad directory is found out before minutes of demonstrations
     observer.begin("demonstrations", config.imitation.demonstrations)
@@ -81,7 +81,8 @@ def starting_policy(config: Config, suite: TaskSuite, pool: EnvPool, observer: O
     )
     observer.note(
         f"imitation: {len(demonstrations)} demonstrations, {config.imitation.batches} batches; "
-        f"{sum(p.numel() for p in policy.parameters()) / 1e6:.1f} M parameters, "
+        f"{sum(p.numel() for p in policy.model.parameters()) / 1e6:.1f} M parameters, "
+        f"{sum(p.numel() for p in policy.parameters()) / 1e6:.1f} M of them trained, "
         f"{policy.head_weight_V_D.shape[0]} vocabulary entries"
     )
     return policy
@@ -108,8 +109,13 @@ def train_run(config: Config, path: Path, observer: Observer, *, resume: bool) -
         start = None
         if checkpoint is None or config.algorithm.kl_coefficient > 0:
             start = starting_policy(config, suite, pool, observer)
-        policy = start if checkpoint is None else load_policy(checkpoint / "policy", config.model)
-        assert policy is not None
+        if checkpoint is None:
+            assert start is not None
+            policy = start
+        elif start is None:
+            policy = load_policy(checkpoint / "policy", config.model)
+        else:
+            policy, start = resumed_policy(checkpoint / "policy", config.model, start=start)
         trainer = Trainer(config, suite, pool, policy, run, observer, resume_from=checkpoint, start_policy=start)
         if resume:
             run.rewind(trainer.state.step, evaluations=trainer.state.evaluations)
@@ -124,7 +130,7 @@ def train_run(config: Config, path: Path, observer: Observer, *, resume: bool) -
 def provenance(suite: TaskSuite) -> dict[str, Any]:
     """What decides the outcome besides the configuration: versions, commit, data, machine."""
     packages: dict[str, str | None] = {}
-    for name in ("epo-agents", "torch", "transformers", "tokenizers", "safetensors", "numpy"):
+    for name in ("epo-agents", "torch", "transformers", "tokenizers", "safetensors", "peft", "numpy"):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:

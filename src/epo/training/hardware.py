@@ -1,0 +1,56 @@
+"""What the machine offers a model: device, precision of matrix products, attention kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from epo.config import ModelConfig
+from epo.errors import UserError
+
+
+def resolve_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("model.device='cuda' but PyTorch sees no GPU: set model.device=cpu, or install a CUDA build")
+    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name if name != "auto" else "cpu")
+
+
+def resolve_compute(config: ModelConfig, device: torch.device) -> torch.dtype:
+    """The type of the matrix products: as configured, or what the hardware multiplies fastest without harm."""
+    if config.compute != "auto":
+        return getattr(torch, config.compute)
+    if config.path == "tiny":  # too small to gain, and the same on every machine
+        return torch.float32
+    return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
+
+
+def resolve_attention(config: ModelConfig, device: torch.device) -> str:
+    """The attention implementation of transformers: as configured, or the fastest that is installed.
+
+    Raises:
+        UserError: flash_attention_2 without what it needs.
+    """
+    has_package = importlib.util.find_spec("flash_attn") is not None
+    # Its kernels take 16-bit numbers only.
+    is_16_bit = torch.bfloat16 in (resolve_compute(config, device), getattr(torch, config.dtype))
+    if config.attention == "auto":
+        return "flash_attention_2" if device.type == "cuda" and has_package and is_16_bit else "sdpa"
+    if config.attention == "flash_attention_2":
+        what = "model.attention='flash_attention_2'"
+        if device.type != "cuda":
+            raise UserError(f"{what} runs on a GPU only, and the device is {device}: set model.attention=sdpa")
+        if not has_package:
+            raise UserError(f"{what} needs the package flash-attn: pip install flash-attn, or set model.attention=sdpa")
+        if not is_16_bit:
+            raise UserError(f"{what} computes in 16 bits only: set model.compute=bfloat16, or model.attention=sdpa")
+    return config.attention
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if hasattr(torch.cpu, "get_capabilities"):
+        found = torch.cpu.get_capabilities()
+        return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return False

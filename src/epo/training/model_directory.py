@@ -1,0 +1,126 @@
+"""Model directories: reading them, and saying in one line what is wrong with one."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from epo.config import ModelConfig
+from epo.errors import UserError
+from epo.training.hardware import resolve_attention, resolve_device
+
+
+def load_directory(folder: Path, config: ModelConfig) -> tuple[Any, Any]:
+    """Model and tokenizer of a Hugging Face model directory, on the CPU. No code of the directory is run.
+
+    Raises:
+        UserError: no such directory, a missing or half-written file, a model that reads less than `max_context`.
+    """
+    _check_directory(folder)
+    attention = resolve_attention(config, resolve_device(config.device))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=attention,
+            output_loading_info=True,
+        )
+        model, report = loaded
+    except Exception as error:  # whatever is wrong with the files: tokenizers, for one, raises bare Exception
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(
+            f"model.path={str(folder)!r} cannot be loaded ({reason}): copy the directory again, completely, "
+            "or choose a model that this version of transformers knows"
+        ) from None
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would go on with random numbers in their place
+        raise UserError(
+            f"model.path={str(folder)!r} has no weights for {', '.join(missing[:3])}"
+            f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}: copy the directory again, completely"
+        )
+    entries = model.get_input_embeddings().weight.shape[0]
+    # Without added tokens: many a directory declares a padding token that no text ever needs.
+    if tokenizer.vocab_size > entries:
+        raise UserError(
+            f"model.path={str(folder)!r}: the tokenizer has {tokenizer.vocab_size} entries, the model {entries}: "
+            "they do not belong together, copy both from the same place"
+        )
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and config.max_context > limit:
+        raise UserError(
+            f"model.max_context={config.max_context} exceeds what {str(folder)!r} can read: at most {limit}"
+        )
+    return model, tokenizer
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a directory.
+
+    Raises:
+        UserError: its files are missing or damaged.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever is wrong with the files: tokenizers, for one, raises bare Exception
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(
+            f"the tokenizer in {str(folder)!r} cannot be loaded ({reason}): copy the directory again, completely"
+        ) from None
+
+
+def _check_directory(folder: Path) -> None:
+    if not os.path.isdir(folder):  # unlike Path.is_dir, never raises
+        raise UserError(
+            f"model.path={str(folder)!r} is not a directory: give the path of a Hugging Face model directory, "
+            "or 'tiny' for the embedded model, or a name that `epo models` lists"
+        )
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model.path={str(folder)!r} has no config.json: it is not a Hugging Face model directory")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{str(index)!r} is damaged: copy the model directory again, completely") from None
+    else:
+        shards = {"model.safetensors"}
+    missing = sorted(name for name in shards if not (folder / name).is_file())
+    if missing:
+        raise UserError(
+            f"model.path={str(folder)!r} lacks {', '.join(missing)}: copy it again, completely, or convert its weights "
+            "to safetensors (pickled weights are not read)"
+        )
+
+
+def refuse_unsupported(model: Any, *, max_context: int) -> None:
+    """Refuse what losses and sampler would compute wrongly.
+
+    Raises:
+        UserError: the head is more than a linear layer, or attention does not reach over `max_context`.
+    """
+    config = model.config
+    what = f"model.path={model.name_or_path!r} holds a model of type {getattr(config, 'model_type', '?')!r}"
+    instead = "choose a model of another family, Llama or Qwen for example"
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise UserError(f"{what}, whose head applies {name}, which the losses do not: {instead}")
+    window = getattr(config, "sliding_window", None)
+    # Where the layers are not told apart (Mistral, Phi), a window is that of all of them.
+    layers = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+    if layers - {"full_attention", "sliding_attention"}:
+        raise UserError(
+            f"{what} with layers of kind {', '.join(sorted(layers))}, which the sampler cannot keep: {instead}"
+        )
+    if "sliding_attention" in layers and window and window < max_context:
+        raise UserError(
+            f"{what} that attends to {window} tokens only in some layers, which the sampler does not: "
+            f"set model.max_context to {window} or less"
+        )
