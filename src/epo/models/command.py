@@ -38,9 +38,7 @@ def list_models(context: typer.Context, as_json: AsJson = False) -> None:
     for entry in found:
         ready = "yes" if entry["ready"] else f"no: epo models pull {entry['name']}"
         parameters = f"{entry['parameters'] / 1e6:.1f} M"
-        table.add_row(
-            entry["name"], entry["summary"], parameters, entry["licence"], ready, f"{entry['disk_mb']} MB"
-        )
+        table.add_row(entry["name"], entry["summary"], parameters, entry["licence"], ready, f"{entry['disk_mb']} MB")
     stdout.print(table)
     for entry in found:
         if entry["ready"]:

@@ -43,7 +43,7 @@ def convert_llama(gguf: Path, folder: Path) -> None:
     file = GGUFFile(gguf)
     try:
         config = _config(file)
-        tensors = dict(_tensors(file, config))
+        tensors = dict(_tensors(file))
         tokenizer = _tokenizer(file)
     except UserError:
         raise
@@ -88,15 +88,14 @@ def _config(file: GGUFFile) -> LlamaConfig:
     )
 
 
-def _tensors(file: GGUFFile, config: LlamaConfig) -> Iterator[tuple[str, NDArray[np.float32]]]:
+def _tensors(file: GGUFFile) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    heads = {"attn_q": "llama.attention.head_count", "attn_k": "llama.attention.head_count_kv"}
     for name in file.tensors:
         weight = file.tensor(name)
         match name.split("."):
             case ["blk", number, inner, "weight"] if inner in _INNER:
-                if inner == "attn_q":
-                    weight = _to_halves(weight, num_heads=config.num_attention_heads)
-                elif inner == "attn_k":
-                    weight = _to_halves(weight, num_heads=config.num_key_value_heads)
+                if inner in heads:
+                    weight = _to_halves(weight, num_heads=file.metadata[heads[inner]])
                 yield f"model.layers.{number}.{_INNER[inner]}.weight", weight
             case [outer, "weight"] if outer in _OUTER:
                 yield f"{_OUTER[outer]}.weight", weight

