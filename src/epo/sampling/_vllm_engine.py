@@ -135,6 +135,8 @@ class Engine:
         log = self._log.read_text(encoding="utf-8", errors="replace")
         if "torchvision" in reason or "torchvision::nms" in log:
             return "the installed torchvision does not fit torch: pip uninstall torchvision torchaudio torchcodec"
+        if "block_size" in reason or "block size" in reason:
+            return "set sampler.block_size to a multiple of 32"
         if any(word in reason.lower() for word in ("kv cache", "memory", "sigkill")):
             return (
                 "lower sampler.kv_gib where memory is short, raise it (or lower model.max_context) where keys and "

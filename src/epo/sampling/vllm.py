@@ -24,6 +24,7 @@ from epo.config import SamplerConfig
 from epo.errors import UserError
 from epo.sampling._vllm_engine import Engine, EngineDied, EngineRefused, require_vllm
 from epo.sampling.base import Completion, Request, Sampler
+from epo.training.adapters import effective_weight
 from epo.training.policy import Policy
 from epo.types import FloatArray
 
@@ -70,7 +71,7 @@ class VllmSampler(Sampler):
     ) -> list[Completion]:
         """
         Raises:
-            UserError: the engine died twice with the same weights, or draws from other weights than the learner's.
+            UserError: the engine cannot use the model, died twice with the same weights, or has other weights.
         """
         if not requests:
             return []
@@ -100,6 +101,11 @@ class VllmSampler(Sampler):
                 return self._completions(requests, self.engine.call("generate", **message))
             except EngineDied as death:
                 self._restart(death)  # raises when this goes on
+            except EngineRefused as error:
+                raise UserError(
+                    f"sampler.name='vllm': the engine cannot use model.path={self._policy.model.name_or_path!r} "
+                    f"({error}): set sampler.name=local"
+                ) from None
 
     def release(self, episode: int) -> None:
         """Nothing to do: the engine's prefix cache evicts what was not used for longest."""
@@ -170,13 +176,7 @@ class VllmSampler(Sampler):
         version = self._policy.version
         file = self.engine.folder / "weights.safetensors"
         export_weights(self._policy, file, temperature=temperature)
-        try:
-            self.engine.call("load", file=str(file), version=version)
-        except EngineRefused as error:
-            raise UserError(
-                f"sampler.name='vllm': the engine does not take the weights of model.path="
-                f"{self._policy.model.name_or_path!r} ({error}): set sampler.name=local"
-            ) from None
+        self.engine.call("load", file=str(file), version=version)
         file.unlink()
         self.engine.call("forget")
         self._check(temperature)
@@ -213,15 +213,20 @@ def engine_model_config(policy: Policy) -> dict[str, Any]:
 
 @torch.no_grad()
 def export_weights(policy: Policy, file: Path, *, temperature: float) -> None:
-    """Write all weights in the engine's type, the output head divided by `temperature`."""
+    """Write all weights in the engine's type: adapters merged, the output head divided by `temperature`."""
     model: Any = policy.model
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
     dtype = engine_dtype(policy)
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
+        if ".lora_" in name:
+            continue
+        layer, adapted, part = name.partition(".base_layer.")
+        if adapted and part == "weight" and policy.adapter is not None:
+            tensor = effective_weight(model.get_submodule(layer), adapter=policy.adapter)
         if name.startswith(f"{head}."):
             tensor = tensor / temperature  # a tensor of its own, also where the head is tied
-        tensors[name] = tensor.to("cpu", dtype).contiguous()
+        tensors[f"{layer}.{part}" if adapted else name] = tensor.to("cpu", dtype).contiguous()
     save_file(tensors, file)
 
 
