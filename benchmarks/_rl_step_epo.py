@@ -54,7 +54,7 @@ def configuration(scenario: Scenario, model: Path, *, entropy: str) -> Config:
                 "device": "cpu",
                 "threads": scenario.threads,
                 "dtype": "float32",
-                "compute": "bfloat16",
+                "compute": scenario.compute,
             },
             "imitation": {"demonstrations": 0},
             "rollout": {"tasks_per_step": scenario.tasks, "group_size": scenario.group},

@@ -25,7 +25,7 @@ WORDS = "you see a table with a lamp and an old book on it and there is a small 
 GOAL = "Walk through the house and say in a few words what you do next."
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Scenario:
     """Everything that decides how much there is to do in one RL step."""
 
@@ -40,6 +40,8 @@ class Scenario:
     max_context: int = 1024
     learning_rate: float = 1e-6
     threads: int = 2
+    compute: str = "bfloat16"
+    """Type of the matrix products over float32 weights."""
 
     @property
     def episodes(self) -> int:

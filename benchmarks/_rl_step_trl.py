@@ -168,7 +168,7 @@ class Served(TrainerCallback):
         )
 
 
-def work(folder: Path, *, bf16: bool = True, generation: dict[str, Any] | None = None, **options: Any) -> None:
+def work(folder: Path, *, generation: dict[str, Any] | None = None, **options: Any) -> None:
     """Serve `GRPOTrainer.train`, one optimiser step at a time.
 
     Args:
@@ -187,7 +187,7 @@ def work(folder: Path, *, bf16: bool = True, generation: dict[str, Any] | None =
     config = GRPOConfig(
         output_dir=str(folder / "trl-run"),
         use_cpu=True,
-        bf16=bf16,
+        bf16=scenario.compute == "bfloat16",
         max_steps=10_000,
         learning_rate=scenario.learning_rate,
         lr_scheduler_type="constant",
@@ -195,7 +195,6 @@ def work(folder: Path, *, bf16: bool = True, generation: dict[str, Any] | None =
         max_grad_norm=1.0,
         per_device_train_batch_size=scenario.rows_per_pass,
         gradient_accumulation_steps=scenario.episodes // scenario.rows_per_pass,
-        gradient_checkpointing=False,  # on by default
         num_generations=scenario.group,
         max_tool_calling_iterations=scenario.turns - 1,
         max_completion_length=scenario.max_context,  # of all turns and observations of an episode together
@@ -209,7 +208,7 @@ def work(folder: Path, *, bf16: bool = True, generation: dict[str, Any] | None =
         logging_strategy="no",
         save_strategy="no",
         disable_tqdm=True,
-        **options,
+        **{"gradient_checkpointing": False, **options},  # on by default
     )
     trainer = MeasuredTrainer(
         model=model,

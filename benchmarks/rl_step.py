@@ -45,10 +45,13 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "trl_static_cache": ("trl", {"generation": {"cache_implementation": "static"}}, "TRL, static cache"),
     "trl_continuous": (
         "trl",
-        {"use_transformers_continuous_batching": True},
+        {
+            "use_transformers_continuous_batching": True,
+            # By default it takes half of the machine's memory.
+            "transformers_continuous_batching_config": {"num_blocks": 128, "max_batch_tokens": 4096},
+        },
         "TRL, continuous batching",
     ),
-    "trl_float32": ("trl", {"bf16": False}, "TRL, float32"),
     "trl_checkpointing": ("trl", {"gradient_checkpointing": True}, "TRL, gradient checkpointing (its default)"),
 }
 PARTS = ("rollout", "update", "step")
@@ -109,7 +112,10 @@ def measure(scenario: Scenario, cases: list[str], rounds: int) -> dict[str, Any]
             for case in cases if number % 2 else cases[::-1]:
                 found[case].append(workers[case].call())
                 spent = found[case][-1]["wall"]
-                print(f"{scenario.model} round {number} {case}: rollout {spent[0]:.2f} s, update {spent[1]:.2f} s")
+                print(
+                    f"{scenario.model} round {number} {case}: rollout {spent[0]:.2f} s, update {spent[1]:.2f} s",
+                    flush=True,
+                )
             check(scenario, {case: steps[-1]["work"] for case, steps in found.items()})
         load = os.getloadavg()[0]
     results = {case: summary(steps[1:]) for case, steps in found.items()}
@@ -189,7 +195,8 @@ def cell_tables(cell: dict[str, Any]) -> str:
     base = next(iter(cases.values()))  # ratios are to the first case
     lines = [
         f"**{Path(scenario.model).name}**: {scenario.episodes} episodes of {scenario.turns} turns and "
-        f"{scenario.response_tokens} tokens a turn, {scenario.threads} threads, {cell['rounds']} rounds, "
+        f"{scenario.response_tokens} tokens a turn, {scenario.compute}, threads {scenario.threads}, "
+        f"rounds {cell['rounds']}, "
         f"load {cell['load']:.1f}",
         "",
         "| | rollout, s | update, s | step, s | CPU time, s | step, ratio | CPU time, ratio | peak memory, GiB |",
@@ -229,16 +236,25 @@ def main() -> None:
     parser.add_argument(
         "--models",
         nargs="+",
-        default=["tiny", SMOLLM2],
         help="tiny, smollm2-shape (random weights), or model directories; default tiny and the SmolLM2-135M that "
         "`epo models pull smollm2-135m` made",
     )
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds after the one that is not counted")
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=["epo", "trl"])
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        choices=list(CASES),
+        help="default epo and trl, in float32 trl_static_cache too (it takes no bfloat16 over float32 weights)",
+    )
     parser.add_argument("--turns", type=int, default=Scenario.turns)
     parser.add_argument("--rows", type=int, default=Scenario.rows_per_pass, help="episodes in a pass of the update")
+    parser.add_argument(
+        "--compute", choices=("float32", "bfloat16"), help="default float32 for tiny, where it is faster, else bfloat16"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--quick", action="store_true", help=f"tiny, {QUICK}, written to a temporary file")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"{QUICK}, by default tiny only; written to a temporary file"
+    )
     parser.add_argument("--table", action="store_true", help="print the tables of --out; measure nothing")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--worker", choices=list(CASES), help=argparse.SUPPRESS)
@@ -247,16 +263,16 @@ def main() -> None:
     if arguments.worker:
         work(arguments.worker, arguments.folder)
         return
-    if arguments.quick:
-        arguments.models, arguments.rounds = ["tiny"], min(arguments.rounds, 2)
-        if arguments.out == RESULTS:
-            arguments.out = Path(tempfile.mkdtemp()) / "rl_step.json"
+    if arguments.quick and arguments.out == RESULTS:
+        arguments.out = Path(tempfile.mkdtemp()) / "rl_step.json"
     if not arguments.table:
-        for model in arguments.models:
+        for model in arguments.models or (["tiny"] if arguments.quick else ["tiny", SMOLLM2]):
             size = QUICK if arguments.quick else {"turns": arguments.turns, "rows_per_pass": arguments.rows}
             start = time.perf_counter()
-            scenario = Scenario(model=model, threads=arguments.threads, **size)
-            save(measure(scenario, arguments.cases, arguments.rounds), arguments.out)
+            compute = arguments.compute or ("float32" if model == "tiny" else "bfloat16")
+            scenario = Scenario(model=model, threads=arguments.threads, compute=compute, **size)
+            cases = arguments.cases or ["epo", "trl", *(["trl_static_cache"] if compute == "float32" else [])]
+            save(measure(scenario, cases, arguments.rounds), arguments.out)
             print(f"{model}: {time.perf_counter() - start:.0f} s", flush=True)
     print(tables(json.loads(arguments.out.read_text(encoding="utf-8"))))
     print(f"Data in {arguments.out}.")
