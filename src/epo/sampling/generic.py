@@ -6,6 +6,7 @@ Legend: S slots, B rows of this forward, Q new tokens, L cached length, H key-va
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,7 +94,9 @@ class GenericForward(Forward):
         view.used = int(positions_B_Q.max()) + 1
         view.is_prefix = slots == list(range(len(slots)))
         mask_B_1_Q_L = torch.arange(view.used, device=device) <= view.positions_B_Q[:, None, :, None]
-        with self._policy.autocast():
+        adapters = self._policy.adapters
+        using = nullcontext() if adapters is None else adapters.using(self._policy.adapter)
+        with self._policy.autocast(), using:
             out = self._policy.trunk(
                 input_ids=ids_B_Q.to(device),
                 attention_mask=mask_B_1_Q_L,

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from epo.sampling.forward import Forward, Row
 from epo.sampling.keys import SlotKeys
-from epo.sampling.packed import PackedLinear, UnknownLinear, bias, effective_weight
+from epo.sampling.packed import PackedLinear, UnknownLinear, weight_and_bias
 from epo.training.policy import Policy
 
 _ARCHITECTURES = ("Llama", "Mistral", "Qwen2", "Qwen3")
@@ -68,6 +68,7 @@ class LeanForward(Forward):
 
     name = "lean"
 
+    @torch.inference_mode()
     def __init__(self, policy: Policy) -> None:
         _refuse_unknown(policy)
         trunk: Any = policy.trunk
@@ -101,8 +102,8 @@ class LeanForward(Forward):
         attention, mlp = layer.self_attn, layer.mlp
 
         def packed(*linears: nn.Module) -> PackedLinear:
-            weights = [effective_weight(linear) for linear in linears]
-            return PackedLinear(weights, [bias(linear) for linear in linears], dtype=self._compute)
+            found = [weight_and_bias(linear, adapter=self._policy.adapter) for linear in linears]
+            return PackedLinear([weight for weight, _ in found], [bias for _, bias in found], dtype=self._compute)
 
         head_norm_H_E = None
         if hasattr(attention, "q_norm"):

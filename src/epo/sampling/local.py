@@ -64,7 +64,6 @@ class LocalSampler(Sampler):
         """`lean` or `generic`."""
         return self._forward.name
 
-    @torch.inference_mode()
     def _make_forward(self) -> Forward:
         self.path_reason = ""
         if self._lean:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from epo.training.adapters import effective_weight
+
 _ROWS = 16
 """The number of rows that packed weights are laid out for; others are as right, and hardly slower."""
 
@@ -25,32 +27,19 @@ class UnknownLinear(Exception):
     """A layer that is more than a weight and a bias."""
 
 
-def effective_weight(linear: nn.Module) -> Tensor:
-    """[O, I] the matrix that `linear` multiplies with, low-rank adapters that are active included.
+def weight_and_bias(linear: nn.Module, *, adapter: str | None) -> tuple[Tensor, Tensor | None]:
+    """[O, I] and [O]: what `linear` computes with, an adapter merged into its base.
 
     Raises:
         UnknownLinear: neither a plain `nn.Linear` nor a plain LoRA layer of peft.
     """
     if type(linear) is nn.Linear:
-        return linear.weight
+        return linear.weight.detach(), linear.bias
     if not _is_plain_lora(linear):
-        raise UnknownLinear(f"a layer of type {type(linear).__name__}")
-    layer: Any = linear
-    weight_O_I = layer.get_base_layer().weight
-    if layer.disable_adapters or layer.merged:  # without adapters, or already in the weight
-        if layer.disable_adapters and layer.merged:
-            raise UnknownLinear("a LoRA layer that is merged and disabled at once")
-        return weight_O_I
-    for adapter in layer.active_adapters:
-        if adapter in layer.lora_A:
-            weight_O_I = weight_O_I + layer.get_delta_weight(adapter)
-    return weight_O_I
-
-
-def bias(linear: nn.Module) -> Tensor | None:
-    """[O] of a layer that `effective_weight` knows."""
-    base: Any = linear if type(linear) is nn.Linear else linear.get_base_layer()  # pyright: ignore[reportCallIssue]
-    return base.bias
+        raise UnknownLinear(f"it holds a layer of type {type(linear).__name__}")
+    base: Any = linear.get_base_layer()  # pyright: ignore[reportCallIssue]
+    weight_O_I = base.weight.detach() if adapter is None else effective_weight(linear, adapter=adapter)
+    return weight_O_I, base.bias
 
 
 def _is_plain_lora(linear: nn.Module) -> bool:
@@ -64,7 +53,7 @@ def _is_plain_lora(linear: nn.Module) -> bool:
     # Variants such as DoRA compute something else than a sum; a bias of its own is no part of the weight.
     has_variant = bool(getattr(layer, "lora_variant", None)) or any(getattr(layer, "use_dora", {}).values())
     has_bias = any(getattr(module, "bias", None) is not None for module in layer.lora_B.values())
-    return not has_variant and not has_bias
+    return not (has_variant or has_bias or layer.merged or layer.disable_adapters)
 
 
 class PackedLinear:
