@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Regex, pre_tokenizers
 
 from epo.training.tiny import ASSISTANT, CHAT_TEMPLATE, END, USER, build_tokenizer
 
@@ -21,6 +21,8 @@ class Style:
     """What ends a response; not always the `eos_token`."""
     words: tuple[str, ...] = ()
     """Tokens of the vocabulary that are no control tokens."""
+    lines: bool = False
+    """The tokenizer keeps runs of newlines together whatever follows, as Llama 3's and Qwen's do; GPT-2's does not."""
     differs: frozenset[str] = field(default_factory=frozenset[str])
     """Kinds of `RESPONSES` after which the template's rendering of the conversation is not the transcript."""
 
@@ -40,7 +42,10 @@ def shipped(name: str) -> str:
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 LLAMA3 = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 GEMMA = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
+LINES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 TRIMMED = frozenset({"padded"})
+# The newline of the header and the one that the response begins with are one token to whoever encodes them together.
+MERGED = frozenset({"padded"})
 SPACED = frozenset(RESPONSES)
 
 STYLES = {
@@ -53,6 +58,7 @@ STYLES = {
         special=CHATML,
         eos="<|im_end|>",
         stop="<|im_end|>",
+        differs=MERGED,
     ),
     # A system prompt of its own, as in Qwen2.5.
     "smollm2": Style(
@@ -65,22 +71,28 @@ STYLES = {
         special=CHATML,
         eos="<|im_end|>",
         stop="<|im_end|>",
+        differs=MERGED,
     ),
-    "qwen2_5": Style(template=shipped("qwen2_5"), special=CHATML, eos="<|im_end|>", stop="<|im_end|>"),
+    "qwen2_5": Style(
+        template=shipped("qwen2_5"), lines=True, special=CHATML, eos="<|im_end|>", stop="<|im_end|>", differs=MERGED
+    ),
     # Thoughts are taken out of all turns but the last: its rendering is not append-only.
     "qwen3": Style(
         template=shipped("qwen3"),
+        lines=True,
         special=CHATML,
         eos="<|im_end|>",
         stop="<|im_end|>",
         words=("<think>", "</think>", "<tool_response>", "</tool_response>"),
-        differs=frozenset({"thoughts"}),
+        differs=MERGED | {"thoughts"},
     ),
     # Content is trimmed.
-    "llama3": Style(template=shipped("llama3"), special=LLAMA3, eos="<|eot_id|>", stop="<|eot_id|>", differs=TRIMMED),
+    "llama3": Style(
+        template=shipped("llama3"), lines=True, special=LLAMA3, eos="<|eot_id|>", stop="<|eot_id|>", differs=TRIMMED
+    ),
     # Begins with today's date.
     "llama3_2": Style(
-        template=shipped("llama3_2"), special=LLAMA3, eos="<|eot_id|>", stop="<|eot_id|>", differs=TRIMMED
+        template=shipped("llama3_2"), lines=True, special=LLAMA3, eos="<|eot_id|>", stop="<|eot_id|>", differs=TRIMMED
     ),
     # The end of a turn is not the tokenizer's end of sequence, and the assistant has another name.
     "gemma": Style(template=shipped("gemma"), special=GEMMA, eos="<eos>", stop="<end_of_turn>", differs=TRIMMED),
@@ -90,6 +102,7 @@ STYLES = {
         special=("<s>", "<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"),
         eos="<|endoftext|>",
         stop="<|end|>",
+        differs=MERGED,
     ),
     # No header before a response but a space, and roles must alternate.
     "mistral": Style(
@@ -120,9 +133,17 @@ STYLES = {
 
 def style_tokenizer(name: str) -> Any:
     style = STYLES[name]
-    tokenizer = build_tokenizer(["open the door to the kitchen, then take the cup"] * 4, vocabulary_size=300)
+    texts = ["open the door to the kitchen, then take the cup", "now\n\n open"] * 4
+    tokenizer = build_tokenizer(texts, vocabulary_size=300)
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in style.special])
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in style.words])
+    if style.lines:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(LINES), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
     tokenizer.eos_token = style.eos
     tokenizer.bos_token = style.special[0]
     tokenizer.chat_template = style.template
