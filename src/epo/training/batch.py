@@ -61,6 +61,8 @@ class MicroBatch:
     """Some rows, padded on the right."""
 
     token_ids_B_T: Tensor
+    lengths_B: Tensor
+    """Real tokens of each row."""
     row_n: Tensor
     """Row of each trained token."""
     source_n: Tensor
@@ -111,6 +113,7 @@ def _pad(
 
     return MicroBatch(
         token_ids_B_T=tensor(token_ids_B_T),
+        lengths_B=tensor(np.array([len(rows[i]) for i in chunk])),
         row_n=tensor(row_ids),
         source_n=tensor(positions - 1),
         targets_n=tensor(token_ids_B_T[row_ids, positions]),

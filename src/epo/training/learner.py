@@ -288,7 +288,7 @@ class Learner:
             metrics["policy/reference_kl"] += (shares_n * reference_kl_n.detach()).sum().item()
         if self.critic is not None:
             assert data.values_N is not None and data.returns_N is not None
-            values_B_T = self.critic(hidden_B_T_D, micro.token_ids_B_T)
+            values_B_T = self.critic(hidden_B_T_D, micro.token_ids_B_T, micro.lengths_B)
             value_n = value_loss(
                 values_B_T[micro.row_n, micro.source_n],
                 data.values_N[index_n],

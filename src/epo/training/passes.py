@@ -30,7 +30,7 @@ class Passes:
         return list(micro_batches(batch.rows, tokens.row_spans, rows, max_tokens=self._max_tokens, device=device))
 
     def hidden(self, policy: Policy, micro: MicroBatch) -> Tensor:
-        return policy.hidden(micro.token_ids_B_T)
+        return policy.hidden(micro.token_ids_B_T, micro.lengths_B)
 
     def statistics(self, policy: Policy, hidden_B_T_D: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies [n] of the trained tokens only: the head never sees the others."""
@@ -81,6 +81,6 @@ class Passes:
         for micro in self.micro_batches(batch, tokens, range(len(batch.rows))):
             own = critic.trunk is not None
             hidden_B_T_D = torch.empty(0, device=values_N.device) if own else self.hidden(policy, micro)
-            values_B_T = critic(hidden_B_T_D, micro.token_ids_B_T)
+            values_B_T = critic(hidden_B_T_D, micro.token_ids_B_T, micro.lengths_B)
             values_N[micro.index_n] = values_B_T[micro.row_n, micro.source_n]
         return values_N
