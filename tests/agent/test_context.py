@@ -213,6 +213,8 @@ def test_a_window_of_none_shows_no_pairs() -> None:
     [
         (None, "has no chat template"),
         ("{{ messages[0].content }}", "leaves out earlier responses"),
+        ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "user's message exactly once"),
+        ("{% for m in messages if m.role == 'assistant' %}{{ m.content }}{% endfor %}", "user's message exactly once"),
         ("{% for", "does not render"),
         ("{{ raise_exception('one role only') }}", "one role only"),
     ],
