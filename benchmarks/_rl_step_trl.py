@@ -168,10 +168,11 @@ class Served(TrainerCallback):
         )
 
 
-def work(folder: Path, *, generation: dict[str, Any] | None = None, **options: Any) -> None:
+def work(folder: Path, *, attention: str = "sdpa", generation: dict[str, Any] | None = None, **options: Any) -> None:
     """Serve `GRPOTrainer.train`, one optimiser step at a time.
 
     Args:
+        attention: kernels of transformers.
         generation: more of TRL's `generation_kwargs`.
         options: more of `GRPOConfig`.
     """
@@ -181,7 +182,7 @@ def work(folder: Path, *, generation: dict[str, Any] | None = None, **options: A
     tokenizer = AutoTokenizer.from_pretrained(folder / "model", local_files_only=True)
     tokenizer.response_template = RESPONSE_TEMPLATE
     model = AutoModelForCausalLM.from_pretrained(
-        folder / "model", local_files_only=True, dtype=torch.float32, attn_implementation="sdpa"
+        folder / "model", local_files_only=True, dtype=torch.float32, attn_implementation=attention
     )
     clock, meter = Clock(), Meter(model)
     config = GRPOConfig(

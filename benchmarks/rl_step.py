@@ -43,6 +43,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "trl": ("trl", {}, "TRL"),
     "epo_with_epo": ("epo", {"entropy": "epo"}, "epo with EPO's entropy loss"),
     "trl_static_cache": ("trl", {"generation": {"cache_implementation": "static"}}, "TRL, static cache"),
+    "trl_eager": ("trl", {"attention": "eager"}, "TRL, eager attention"),
     "trl_continuous": (
         "trl",
         {
@@ -111,9 +112,9 @@ def measure(scenario: Scenario, cases: list[str], rounds: int) -> dict[str, Any]
         for number in range(rounds + 1):
             for case in cases if number % 2 else cases[::-1]:
                 found[case].append(workers[case].call())
-                spent = found[case][-1]["wall"]
+                rollout, update = found[case][-1]["wall"]
                 print(
-                    f"{scenario.model} round {number} {case}: rollout {spent[0]:.2f} s, update {spent[1]:.2f} s",
+                    f"{scenario.model} round {number} {case}: rollout {rollout:.2f} s, update {update:.2f} s",
                     flush=True,
                 )
             check(scenario, {case: steps[-1]["work"] for case, steps in found.items()})
@@ -196,19 +197,17 @@ def cell_tables(cell: dict[str, Any]) -> str:
     lines = [
         f"**{Path(scenario.model).name}**: {scenario.episodes} episodes of {scenario.turns} turns and "
         f"{scenario.response_tokens} tokens a turn, {scenario.compute}, threads {scenario.threads}, "
-        f"rounds {cell['rounds']}, "
-        f"load {cell['load']:.1f}",
+        f"rounds {cell['rounds']}, load {cell['load']:.1f}",
         "",
-        "| | rollout, s | update, s | step, s | CPU time, s | step, ratio | CPU time, ratio | peak memory, GiB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| | rollout, s | update, s | step, s | ratio | CPU: rollout, s | update, s | step, s | ratio | peak, GiB |",
+        "| --- |" + " --- |" * 9,
     ]
     for case, found in cases.items():
-        wall, cpu = found["wall"], found["cpu"]
-        lines.append(
-            f"| {CASES[case][2]} | {wall['rollout']:.2f} | {wall['update']:.2f} | {wall['step']:.2f} "
-            f"| {cpu['step']:.2f} | {wall['step'] / base['wall']['step']:.2f} "
-            f"| {cpu['step'] / base['cpu']['step']:.2f} | {found['peak_bytes'] / 2**30:.1f} |"
-        )
+        numbers = []
+        for kind in ("wall", "cpu"):
+            numbers += [f"{found[kind][part]:.2f}" for part in PARTS]
+            numbers.append(f"{found[kind]['step'] / base[kind]['step']:.2f}")
+        lines.append(f"| {CASES[case][2]} | {' | '.join(numbers)} | {found['peak_bytes'] / 2**30:.1f} |")
     lines += [
         "",
         "| in one step | " + " | ".join(CASES[case][2] for case in cases) + " |",
