@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,13 @@ collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_*.py"]
 
 # In fp32 the two agree to 1e-5 on these models.
 TIGHT = {"kv_gib": 0.25, "max_weight_error": 1e-3}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Starting an engine takes half a minute on a core of its own, and several on a busy one."""
+    for item in items:  # whatever else is collected in the same run is here, too
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.timeout(1800))
 
 
 @pytest.fixture(scope="session", autouse=True)
