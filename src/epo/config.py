@@ -145,9 +145,10 @@ class SamplerConfig(Section):
     """vLLM on a CPU: memory for keys and values, GiB."""
     block_size: int = Field(default=32, ge=8)
     """vLLM: tokens per block of its prefix cache."""
-    max_weight_error: float = Field(default=0.02, gt=0)
+    max_weight_error: float = Field(default=1e-3, gt=0)
     """vLLM: largest difference, in nats, between its log-probabilities of a probe text and the learner's after a weight
-    update; beyond it the run ends rather than sample from other weights."""
+    update, in float32; in bfloat16 200 times that, as root mean square. Beyond it the run ends rather than sample from
+    other weights."""
 
     @property
     def is_rescored(self) -> bool:

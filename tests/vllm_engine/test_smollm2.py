@@ -36,7 +36,7 @@ def test_log_probabilities_and_an_update_in_float32(open_sampler: Callable[..., 
 
 def test_an_update_in_bfloat16(open_sampler: Callable[..., Any]):
     policy = load("bfloat16")
-    sampler = open_sampler(policy, max_weight_error=0.02)
+    sampler = open_sampler(policy)
     asked = [policy.chat.first_prompt(question) for question in QUESTIONS]
     assert largest_difference(policy, asked, draw(sampler, asked, tokens=24)) < 1.0
     with torch.no_grad():
