@@ -59,7 +59,8 @@ def adapted(base_folder: Path, lora_config: ModelConfig) -> Policy:
 
 def dense(policy: Policy, base_folder: Path, name: str | None) -> Any:
     """A model of its own with the weights that base and adapter add up to."""
-    model = AutoModelForCausalLM.from_pretrained(base_folder).to(policy.head_weight_V_D.dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(base_folder)
+    model.to(policy.head_weight_V_D.dtype)
     if name is not None:
         assert policy.adapters is not None
         tensors = policy.adapters.tensors(name)
@@ -100,7 +101,7 @@ def test_a_new_adapter_has_no_effect_and_depends_on_the_seed_alone(base_folder: 
 def test_three_roles_equal_three_models_and_leak_nothing(adapted: Policy, base_folder: Path) -> None:
     critic = Critic(adapted, CriticConfig(trunk="separate"))
     reference = adapted.frozen_copy()
-    assert reference.adapter == "reference"
+    assert reference.adapter == "reference" and list(reference.parameters()) == []
     start = dense(adapted, base_folder, "policy")
     perturb(adapted, "policy", seed=2)
     perturb(adapted, "critic", seed=3)

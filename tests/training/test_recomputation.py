@@ -75,7 +75,7 @@ def test_the_sampler_draws_the_same(pair: Callable[..., list[Policy]]) -> None:
     drawn = []
     for policy in pair(FULL, lively=True):
         sampler = LocalSampler(policy, max_episodes=1)
-        request = Request(episode=0, prompt_ids=np.arange(5, 25), random=np.random.default_rng(0))
+        request = Request(episode=0, prompt_ids=list(range(5, 25)), random=np.random.default_rng(0))
         (done,) = sampler.generate([request], temperature=1.0, train_temperature=1.0, max_tokens=8)
         drawn.append((done.response_ids.tolist(), done.logprobs.tolist()))
     assert drawn[0] == drawn[1]

@@ -256,7 +256,8 @@ def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     total = hashlib.sha256()
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        values: Any = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+        total.update(values)
     return total.hexdigest()
 
 

@@ -117,7 +117,7 @@ def _imitation_step(
     for micro in micro_batches(
         rows, spans, range(len(rows)), max_tokens=config.optimizer.microbatch_tokens, device=policy.device
     ):
-        hidden_B_T_D = policy.hidden(micro.token_ids_B_T)
+        hidden_B_T_D = policy.hidden(micro.token_ids_B_T, micro.lengths_B)
         head = policy.head(hidden_B_T_D[micro.row_n, micro.source_n])
         logprobs_n, _ = token_logprobs_and_entropy(
             head.hidden_N_D, head.weight_V_D, micro.targets_n, head_bias=head.bias_V

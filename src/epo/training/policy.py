@@ -108,7 +108,7 @@ class Policy:
         with self.autocast(), using:
             return trunk_hidden(self.trunk, token_ids_B_T, lengths_B)
 
-    def autocast(self) -> AbstractContextManager[None]:
+    def autocast(self) -> AbstractContextManager[Any]:
         """The precision in which this policy computes, for the learner and for every sampler."""
         return torch.autocast(self.device.type, dtype=self.compute, enabled=self.compute is not torch.float32)
 
