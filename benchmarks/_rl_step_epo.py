@@ -74,7 +74,7 @@ def configuration(scenario: Scenario, model: Path, *, entropy: str) -> Config:
 
 
 def work(folder: Path, *, entropy: str = "none") -> None:
-    """Serve `Trainer.collect` and `Learner.update`, the two calls that `Trainer.train` makes in every step."""
+    """Serve `Trainer.collect`, `Learner.rescore` and `Learner.update`, the calls of every step of `Trainer.train`."""
     logging.set_verbosity_error()
     scenario = Scenario.load(folder)
     torch.set_num_threads(scenario.threads)
@@ -98,9 +98,11 @@ def work(folder: Path, *, entropy: str = "none") -> None:
             clock.start()
             groups = trainer.collect(step)
             clock.mark()
+            groups = trainer.learner.rescore(groups)
             metrics = trainer.learner.update(groups, step=step)
             clock.mark()
             timing = trainer.collector.timing
+            rollout = {"environment": timing.environment, "prefill": timing.prefill, "decode": timing.decode}
             trajectories = [t for group in groups for t in group.trajectories]
             answer(
                 {
@@ -121,7 +123,7 @@ def work(folder: Path, *, entropy: str = "none") -> None:
                         "head": int(metrics["tokens/trained"]),
                         "update_passes": len(passes),
                     },
-                    "seconds": {"environment": timing.environment, "sampling": timing.sampling},
+                    "seconds": rollout | trainer.learner.stopwatch.take(),
                     "peak_bytes": peak_bytes(),
                 }
             )
