@@ -34,6 +34,7 @@ from epo.types import TrajectoryGroup
 
 TURNS = (5, 10, 20, 40)
 METHODS = ("none", "bonus", "epo")
+EPO_OPTIONS = {"alpha": 0.05, "kappa_low": 0.5, "kappa_high": 1.5}
 
 
 def configuration(context: str, *, turns: int, method: str, algorithm: str) -> Config:
@@ -49,7 +50,7 @@ def configuration(context: str, *, turns: int, method: str, algorithm: str) -> C
             "model": {"max_context": 4096, "tiny": {"hidden_size": 128, "layers": 2, "intermediate_size": 384}},
             "rollout": {"tasks_per_step": 4, "group_size": 8},
             "algorithm": {"name": algorithm},
-            "entropy": {"method": method, "alpha": 0.05, "kappa_low": 0.5, "kappa_high": 1.5},
+            "entropy": {"method": method} | (EPO_OPTIONS if method == "epo" else {}),
         }
     )
 

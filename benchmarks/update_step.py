@@ -211,8 +211,9 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
         command = [sys.executable, __file__, "--case", "memory", f"--compute={arguments.compute}", *flags]
         command += [f"--threads={arguments.threads}"]
-        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        found = json.loads(out.splitlines()[-1])
+        found = json.loads(
+            subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+        )
         print(f"memory {options}: {found['before_mib']:.0f} -> {found['peak_mib']:.0f} MiB")
         return found
 
