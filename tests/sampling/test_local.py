@@ -91,6 +91,19 @@ def test_whole_ragged_episodes_agree_with_full_forwards(policy: Policy, prefill_
             assert_naive(policy, prompt_ids, completion)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_modules_of_transformers_are_masked_whatever_attention_the_learner_has(
+    make_policy: MakePolicy, attention: str
+) -> None:
+    policy = make_policy()
+    policy.model.set_attn_implementation(attention)
+    sampler = LocalSampler(policy, max_episodes=4, lean=False)
+    for turns in play(policy, sampler, range(4), turns=3).values():
+        for prompt_ids, completion in turns:
+            assert_naive(policy, prompt_ids, completion)
+    assert policy.model.config._attn_implementation == attention
+
+
 def test_slots_are_used_again_by_later_episodes(policy: Policy) -> None:
     sampler = LocalSampler(policy, max_episodes=2)
     for first in range(0, 6, 2):

@@ -5,8 +5,8 @@ Legend: S slots, B rows of this forward, Q new tokens, L cached length, H key-va
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,7 +96,7 @@ class GenericForward(Forward):
         mask_B_1_Q_L = torch.arange(view.used, device=device) <= view.positions_B_Q[:, None, :, None]
         adapters = self._policy.adapters
         using = nullcontext() if adapters is None else adapters.using(self._policy.adapter)
-        with self._policy.autocast(), using:
+        with self._policy.autocast(), using, _masked_attention(self._policy.model.config):
             out = self._policy.trunk(
                 input_ids=ids_B_Q.to(device),
                 attention_mask=mask_B_1_Q_L,
@@ -111,3 +111,14 @@ class GenericForward(Forward):
         head = self._policy.head(hidden_B_D)
         bias_V = None if head.bias_V is None else head.bias_V.float()
         return torch.nn.functional.linear(head.hidden_N_D.float(), head.weight_V_D.float(), bias_V)
+
+
+@contextmanager
+def _masked_attention(config: Any) -> Iterator[None]:
+    """The kernels that take a mask of any shape: eager would add ours to the scores, flash attention take none."""
+    before = config._attn_implementation
+    config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
