@@ -3,13 +3,14 @@
 # make lint    ruff and pyright
 # make docs    write the generated pages of docs/
 # make crosscheck   compare the objectives with what verl and TRL ship
+# make test-vllm    test the vLLM sampler with real engines, on vLLM's CPU build
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 NAME ?= quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: train test lint docs alfworld crosscheck clean
+.PHONY: train test lint docs alfworld crosscheck test-vllm clean
 
 train: $(VENV)/.train
 	$(BIN)/epo train quickstart --name $(NAME)
@@ -40,6 +41,18 @@ crosscheck: .venv-crosscheck/.installed
 	.venv-crosscheck/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement $<
 	@touch $@
 
+# An environment of its own, which learner and engine share: the CPU build of vLLM asks for exact versions.
+test-vllm: .venv-vllm/.installed
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/vllm_engine tests/sampling/test_vllm_export.py
+
+.venv-vllm/.installed: requirements/vllm.txt
+	@echo "installing vLLM's CPU build into .venv-vllm: 3.5 GB ..."
+	@$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet --constraint $< torch
+	.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement $<
+	.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --editable .
+	@touch $@
+
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
@@ -58,4 +71,4 @@ $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt requirements/alfworl
 	@touch $@ $(VENV)/.train
 
 clean:
-	rm -rf $(VENV) .venv-crosscheck build *.egg-info
+	rm -rf $(VENV) .venv-crosscheck .venv-vllm build *.egg-info
