@@ -94,6 +94,13 @@ def test_unknown_keys_name_the_nearest(override: str, expected: str) -> None:
         ),
         ("algorithm.gigpo_weight=2", "gigpo_weight=2.0 does nothing with name=ppo: leave it out, or set name to gigpo"),
         ("algorithm.normalise_std=false", "does nothing with name=ppo: leave it out, or set name to grpo"),
+        (
+            "model.lora.targets=attention",
+            "model.lora: targets=attention does nothing with rank=0: leave it out, or set",
+        ),
+        ("sampler.kv_gib=4", "sampler: kv_gib=4.0 does nothing with name=local: leave it out, or set name to vllm"),
+        ("sampler.importance_cap=3", "leave it out, or set old_logprobs to learner"),
+        ("sampler={name: vllm, old_logprobs: sampler}", "set sampler.old_logprobs to learner or auto"),
         ("name=[" + "x" * 5000 + "]", "..."),
     ],
 )
@@ -101,6 +108,11 @@ def test_bad_values_name_the_key_and_what_is_allowed(override: str, expected: st
     message = refusal("base", override)
     assert expected in message
     assert len(message) < 500
+
+
+def test_what_later_rows_show_again_is_not_taught_twice() -> None:
+    message = refusal("base", "imitation.observation_weight=0.5", "agent.overflow=drop_oldest")
+    assert "set the first to 0 or the second to end" in message
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,14 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+def _refuse_idle(section: Section, options: tuple[str, ...], *, idle: bool, without: str, mend: str) -> None:
+    """An option that was given and does nothing is a mistake that costs a run."""
+    for option in options if idle else ():
+        value = getattr(section, option)
+        if value != type(section).model_fields[option].default:
+            raise ValueError(f"{option}={value} does nothing with {without}: leave it out, or {mend}")
+
+
 class EnvironmentConfig(Section):
     suite: str = "scienceworld"
     """Name of the task suite; `epo envs` lists them."""
@@ -44,8 +52,8 @@ class AgentConfig(Section):
     max_response_tokens: int = Field(default=512, ge=1)
     """Tokens after which a response is cut."""
     overflow: Literal["end", "drop_oldest"] = "end"
-    """What happens when a prompt outgrows `model.max_context`. `end`: the episode ends. `drop_oldest`: the oldest turns
-    after the first message are left out, which begins a new training row."""
+    """What happens when a prompt outgrows `model.max_context`. `end`: the episode ends. `drop_oldest`: a transcript goes
+    on without its oldest turns after the first message, which begins a new training row; a window shows fewer pairs."""
 
 
 class TinyModelConfig(Section):
@@ -78,6 +86,11 @@ class LoraConfig(Section):
     """Adapters are scaled by alpha / rank."""
     targets: Literal["all-linear", "attention"] = "all-linear"
     """Layers that get adapters; the head never does."""
+
+    @model_validator(mode="after")
+    def _options_have_their_adapters(self) -> Self:
+        _refuse_idle(self, ("alpha", "targets"), idle=self.rank == 0, without="rank=0", mend="set rank")
+        return self
 
 
 class ModelConfig(Section):
@@ -142,13 +155,26 @@ class SamplerConfig(Section):
     importance_cap: float = Field(default=2.0, ge=1)
     """Upper bound on those importance weights."""
     kv_gib: float = Field(default=2.0, gt=0)
-    """vLLM on a CPU: memory for keys and values, GiB."""
+    """vLLM: memory for keys and values, GiB."""
     block_size: int = Field(default=32, ge=8)
     """vLLM: tokens per block of its prefix cache."""
     max_weight_error: float = Field(default=1e-3, gt=0)
     """vLLM: largest difference, in nats, between its log-probabilities of a probe text and the learner's after a weight
     update, in float32; in bfloat16 200 times that, as root mean square. Beyond it the run ends rather than sample from
     other weights."""
+
+    @model_validator(mode="after")
+    def _options_have_their_sampler(self) -> Self:
+        engine = ("kv_gib", "block_size", "max_weight_error")
+        _refuse_idle(self, engine, idle=self.name == "local", without="name=local", mend="set name to vllm")
+        _refuse_idle(
+            self,
+            ("importance_cap",),
+            idle=not self.is_rescored,
+            without="the sampler's own log-probabilities",
+            mend="set old_logprobs to learner",
+        )
+        return self
 
     @property
     def is_rescored(self) -> bool:
@@ -378,6 +404,11 @@ class Config(Section):
             raise ValueError(
                 f"agent.max_response_tokens {self.agent.max_response_tokens} leaves no room for a prompt: "
                 f"set it below model.max_context {self.model.max_context}"
+            )
+        if self.imitation.observation_weight > 0 and self.agent.overflow == "drop_oldest":
+            raise ValueError(
+                "imitation.observation_weight would teach what agent.overflow=drop_oldest shows again in a later row "
+                "twice: set the first to 0 or the second to end"
             )
         if self.sampler.name == "vllm" and not self.sampler.is_rescored:
             raise ValueError(

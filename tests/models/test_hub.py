@@ -134,10 +134,11 @@ def test_only_harmless_files_come_and_they_come_once(hub: tuple[str, list[str]],
     found = run(RESOLVE, tmp_path, endpoint, "org/good")
     assert (found.stdout.strip(), asked) == (str(folder), [])
     # A copy that lacks a file is completed.
-    (folder / "model.safetensors").unlink()
-    found = run(RESOLVE, tmp_path, endpoint, "org/good")
-    assert found.stdout.strip() == str(folder)
-    assert (folder / "model.safetensors").read_bytes() == content("model.safetensors")
+    for name in ("model.safetensors", "tokenizer.json"):
+        (folder / name).unlink()
+        found = run(RESOLVE, tmp_path, endpoint, "org/good")
+        assert found.stdout.strip() == str(folder)
+        assert (folder / name).read_bytes() == content(name)
 
 
 def test_what_cannot_come(hub: tuple[str, list[str]], tmp_path: Path) -> None:

@@ -271,6 +271,15 @@ def test_clocks_and_counters_grow(make: MakePolicy) -> None:
     assert sampler.prefilled_tokens == 50
 
 
+def test_adapters_beside_rounded_weights_are_left_to_the_modules(make: MakePolicy, tokenizer: Any) -> None:
+    """The sum of weight and adapter, rounded to bfloat16, would lose small adapters, which the learner adds apart."""
+    model = make("llama").model
+    adapters = Adapters(model, LoraConfig(rank=4, alpha=8.0), Base(path="none", sha256="0"), seed=3)
+    policy = Policy(model, tokenizer, max_context=640, compute=BFLOAT16, adapters=adapters)
+    sampler = LocalSampler(policy, max_episodes=2)
+    assert sampler.path == "generic" and "adapter" in sampler.describe()
+
+
 @pytest.mark.parametrize("adapter", [POLICY, None])
 def test_adapters_are_merged_and_again_after_an_update(make: MakePolicy, tokenizer: Any, adapter: str | None) -> None:
     model = make("qwen2").model

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from epo.errors import UserError
 from epo.sampling.base import Completion, Request
-from epo.sampling.draw import draw_tokens
+from epo.sampling.draw import draw_and_score, draw_tokens
 from epo.sampling.local import LocalSampler
 from epo.training.policy import Policy
 
@@ -281,3 +282,10 @@ def test_padding_behind_a_row_near_the_end_of_the_context_harms_nothing(policy: 
     # Two new tokens next to a hundred: episode 0 is padded far over the end of its slot.
     for completion, prompt_ids in zip(draw(sampler, request(0, full), request(1, long)), (full, long), strict=True):
         assert_naive(policy, prompt_ids, completion)
+
+
+def test_nothing_is_drawn_from_logits_that_are_not_finite() -> None:
+    for bad in (torch.nan, torch.inf):
+        logits_B_V = torch.tensor([[0.0, 1.0, 2.0], [0.0, bad, 1.0]])
+        with pytest.raises(UserError, match="logits are not finite"):
+            draw_and_score(logits_B_V, uniform=[0.5, 0.5], temperature=1.0, train_temperature=1.0)

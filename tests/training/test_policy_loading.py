@@ -15,6 +15,8 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen2Config,
@@ -170,6 +172,7 @@ def test_cuda_without_a_gpu(folder: Path, tiny_config: ModelConfig, monkeypatch:
     assert message.startswith("model.device='cuda' but PyTorch sees no GPU: set model.device=cpu")
 
 
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 ARCHITECTURES: dict[str, tuple[Any, Any, dict[str, Any], str | None]] = {
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}, None),
     "mistral, wide window": (MistralConfig, MistralForCausalLM, {"sliding_window": 256}, None),
@@ -187,6 +190,18 @@ ARCHITECTURES: dict[str, tuple[Any, Any, dict[str, Any], str | None]] = {
         "set model.max_context to 16 or less",
     ),
     "gemma2": (Gemma2Config, Gemma2ForCausalLM, {"head_dim": 16}, "whose head applies final_logit_softcapping"),
+    "llama, positions by length": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {"rope_parameters": DYNAMIC | {"original_max_position_embeddings": 128}},
+        "set model.max_context to 128 or less",
+    ),
+    "llama, positions by length, beyond reach": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {"rope_parameters": DYNAMIC},
+        None,
+    ),
     "cohere": (CohereConfig, CohereForCausalLM, {}, "whose head applies logit_scale"),
 }
 
@@ -208,7 +223,7 @@ def test_architectures_that_would_be_computed_wrongly_are_refused(
         "bos_token_id": None,
         "eos_token_id": 0,
     }
-    make_model(make_config(**sizes, **options)).save_pretrained(folder)
+    make_model(make_config(**(sizes | options))).save_pretrained(folder)
     if expected is None:
         assert load_policy(folder, tiny_config).model.config.model_type == make_config.model_type
     else:

@@ -54,12 +54,19 @@ def test_matrix_products(device: torch.device, machine: Callable[..., None]) -> 
             assert resolve_compute(model(compute=name, path="tiny"), device) is getattr(torch, name)
 
 
+def test_bfloat16_weights_are_multiplied_in_bfloat16(machine: Callable[..., None]) -> None:
+    machine(bfloat16=False, flash=False)
+    assert resolve_compute(model(dtype="bfloat16"), CPU) is torch.bfloat16
+    with pytest.raises(UserError, match=r"set model\.dtype=float32"):
+        resolve_compute(model(dtype="bfloat16", compute="float32"), CPU)
+
+
 def test_attention_kernels(machine: Callable[..., None]) -> None:
     machine(bfloat16=True, flash=True)
     assert resolve_attention(model(), CUDA) == "flash_attention_2"
     assert resolve_attention(model(), CPU) == "sdpa"
     assert resolve_attention(model(compute="float32"), CUDA) == "sdpa"
-    assert resolve_attention(model(compute="float32", dtype="bfloat16"), CUDA) == "flash_attention_2"
+    assert resolve_attention(model(dtype="bfloat16"), CUDA) == "flash_attention_2"
     for name in ("sdpa", "eager", "flash_attention_2"):
         assert resolve_attention(model(attention=name), CUDA) == name
     machine(bfloat16=True, flash=False)

@@ -67,6 +67,7 @@ def _play_panels(
     observer.note(f"model: {policy.describe()}")
     results: list[PanelResult] = []
     with closing(make_sampler(config, policy, max_episodes=pool.size)) as sampler:
+        observer.note(f"sampler: {sampler.describe()}")
         collector = make_collector(config, pool, policy, sampler)
         for split in config.evaluation.splits:
             tasks = panel(suite.tasks(split), episodes=config.evaluation.episodes, split=split)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from epo.errors import UserError
 from epo.files import cache_dir, new_folder
 from epo.models.hub import download, is_hub_name, local_or_download
@@ -111,7 +113,7 @@ def pull(name: str, *, say: Callable[[str], None] = lambda _: None) -> Pulled:
     try:
         with unpacked(model.source) as files, new_folder(model.folder) as draft:
             _write(model, files.file, files.licence, draft)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter is what a full disk is to safetensors
         raise UserError(
             f"{name} cannot be written to {str(model.folder)!r} ({error}): free {model.disk_mb + 300} MB, "
             "or point EPO_CACHE to another folder"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -66,8 +67,18 @@ def local_or_download(name: str) -> Path:
         folder = Path(snapshot_download(name, allow_patterns=FILES, ignore_patterns="*/*", local_files_only=True))
     except Exception:  # whatever it is, downloading it tells the user
         return download(name, what=what)
-    complete = (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
-    return folder if complete else download(name, what=what)
+    return folder if _is_complete(folder) else download(name, what=what)
+
+
+def _is_complete(folder: Path) -> bool:
+    """A download that was interrupted leaves the files that had come."""
+    try:
+        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        weights = {str(name) for name in index["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        weights = {"model.safetensors"}
+    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    return has_tokenizer and all((folder / name).is_file() for name in ("config.json", *weights))
 
 
 def download(name: str, *, what: str | None = None) -> Path:

@@ -46,7 +46,7 @@ def require_vllm() -> None:
     if importlib.util.find_spec("vllm") is None:
         raise UserError(
             "sampler.name='vllm' needs the package vllm, which is not installed: on a GPU pip install "
-            "'epo-agents[vllm]', on a CPU see docs/vllm.md; or set sampler.name=local"
+            "-e '.[vllm]', on a CPU see docs/vllm.md; or set sampler.name=local"
         )
 
 
@@ -75,7 +75,8 @@ class Engine:
         ours, theirs = socket.socketpair()
         with theirs, open(self._log, "wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "epo.sampling._vllm_worker", str(theirs.fileno()), str(self.folder)],
+                # -P: nothing of the working directory is imported.
+                [sys.executable, "-P", "-m", "epo.sampling._vllm_worker", str(theirs.fileno()), str(self.folder)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

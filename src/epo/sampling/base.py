@@ -55,5 +55,9 @@ class Sampler(ABC):
     def release(self, episode: int) -> None:
         """The episode is over; forget what is kept for it. Unknown episodes are no error."""
 
+    def describe(self) -> str:
+        """One line for people: what draws."""
+        return type(self).__name__
+
     def close(self) -> None:  # noqa: B027 - most samplers hold nothing that has to be given back
         """End what the sampler started outside this process. More than once is no error; nothing is drawn after it."""

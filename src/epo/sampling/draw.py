@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from epo.errors import UserError
+
 _BLOCK = 256
 # exp(-1e4) is 0 in float32: excluded tokens (logit -inf) add nothing to any sum, and 0 * -inf never arises.
 _LOWEST = -1e4
@@ -36,6 +38,9 @@ def draw_and_score(
         uniform: a number in [0, 1) for each row; None takes the most probable token, whatever the temperature.
         temperature: of the draw.
         train_temperature: of the log-probabilities and entropies returned.
+
+    Raises:
+        UserError: the logits are not finite.
     """
     is_other = uniform is not None and temperature != train_temperature
     # Before the logits are overwritten.
@@ -45,6 +50,11 @@ def draw_and_score(
     weights_B_V = _weights(shifted_B_V)
     sums_B_K = _block_sums(weights_B_V)
     total_B = sums_B_K.sum(-1)
+    if not torch.isfinite(total_B).all():
+        raise UserError(
+            "the model's logits are not finite, so nothing can be drawn from them: go on from an earlier checkpoint or "
+            "another model, with a lower optimizer.learning_rate"
+        )
     log_total_B = total_B.log()
     if greedy_B is not None:
         tokens_B = greedy_B

@@ -301,6 +301,8 @@ def _refuse_unknown(policy: Policy) -> None:
         raise NotLean(f"its rotary positions are {rotation}")
     if any(parameter.dtype is not torch.float32 for parameter in trunk.parameters()):
         raise NotLean("its weights are not float32")
+    if policy.adapter is not None and policy.adapters is not None and policy.compute is not torch.float32:
+        raise NotLean("an adapter merged into rounded weights would be rounded away")
     if policy.compute not in (torch.float32, torch.bfloat16):
         raise NotLean(f"it computes in {policy.compute}")
     for layer in trunk.layers:

@@ -59,6 +59,10 @@ class LocalSampler(Sampler):
         self.pack_seconds = 0.0
         """Spent in laying out new weights since the sampler was made."""
 
+    def describe(self) -> str:
+        how = "a forward of our own" if self.path == "lean" else f"transformers' modules ({self.path_reason})"
+        return f"local, {how}"
+
     @property
     def path(self) -> str:
         """`lean` or `generic`."""

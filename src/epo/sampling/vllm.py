@@ -110,6 +110,9 @@ class VllmSampler(Sampler):
                     f"({error}): set sampler.name=local"
                 ) from None
 
+    def describe(self) -> str:
+        return f"vLLM in a process of its own, {str(engine_dtype(self._policy)).removeprefix('torch.')}"
+
     def release(self, episode: int) -> None:
         """Nothing to do: the engine's prefix cache evicts what was not used for longest."""
 

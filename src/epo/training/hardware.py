@@ -18,6 +18,13 @@ def resolve_device(name: str) -> torch.device:
 
 def resolve_compute(config: ModelConfig, device: torch.device) -> torch.dtype:
     """The type of the matrix products: as configured, or what the hardware multiplies fastest without harm."""
+    if config.dtype == "bfloat16":
+        if config.compute == "float32":
+            raise UserError(
+                "model.compute='float32' cannot be had from model.dtype='bfloat16': set model.dtype=float32, or leave "
+                "model.compute out"
+            )
+        return torch.bfloat16
     if config.compute != "auto":
         return getattr(torch, config.compute)
     if config.path == "tiny":  # too small to gain, and the same on every machine

@@ -59,6 +59,7 @@ def warm_started_policy(
         imitate(policy, trajectories, config, on_batch=on_batch)
         with new_folder(folder) as draft:
             policy.save(draft)
+        del policy  # before the next one is loaded
     return load_policy(folder, config.model)
 
 

@@ -119,8 +119,26 @@ def refuse_unsupported(model: Any, *, max_context: int) -> None:
         raise UserError(
             f"{what} with layers of kind {', '.join(sorted(layers))}, which the sampler cannot keep: {instead}"
         )
+    longest = _unchanging_positions(config)
+    if longest is not None and longest < max_context:
+        raise UserError(
+            f"{what} whose positions are turned otherwise in texts of more than {longest} tokens, which keys kept from "
+            f"a shorter text do not follow: set model.max_context to {longest} or less"
+        )
     if "sliding_attention" in layers and window and window < max_context:
         raise UserError(
             f"{what} that attends to {window} tokens only in some layers, which the sampler does not: "
             f"set model.max_context to {window} or less"
         )
+
+
+def _unchanging_positions(config: Any) -> int | None:
+    """Tokens up to which rotary positions do not depend on the length of the text; None for any length."""
+    rotations = getattr(config, "rope_parameters", None) or {}
+    kinds = [rotations] if "rope_type" in rotations else [r for r in rotations.values() if isinstance(r, dict)]
+    limits = [
+        int(kind.get("original_max_position_embeddings") or config.max_position_embeddings)
+        for kind in kinds
+        if kind.get("rope_type") in ("dynamic", "longrope")
+    ]
+    return min(limits, default=None)

@@ -38,6 +38,13 @@ from epo.training.policy import Policy, load_policy, resumed_policy
 from epo.training.run_folder import RunFolder
 from epo.training.trainer import Observer, Trainer
 
+_OF_THE_MACHINE = (
+    ("environment", "workers"),
+    ("sampler", "kv_gib"),
+    ("sampler", "block_size"),
+    ("sampler", "max_weight_error"),
+)
+
 
 def prepare_suite(config: Config) -> TaskSuite:
     """The suite of a configuration, with everything it needs in place.
@@ -159,9 +166,10 @@ def quiet_libraries() -> None:
 def _reopen(path: Path, config: Config) -> tuple[RunFolder, Path | None]:
     run = RunFolder.open(path)
     before, now = run.config().model_dump(mode="json"), config.model_dump(mode="json")
-    # How many workers play the episodes is the machine's business, not the experiment's.
-    before["environment"].pop("workers")
-    now["environment"].pop("workers")
+    # How many workers play and what an engine is granted are the machine's business, not the experiment's.
+    for section, key in _OF_THE_MACHINE:
+        before[section].pop(key)
+        now[section].pop(key)
     if different := _differences(before, now):
         raise UserError(
             f"--resume goes on with the configuration the run was started with, but {', '.join(different)} differ: "

@@ -103,6 +103,7 @@ class Trainer:
         self.control = make_control(config.entropy.method, **config.entropy.options())
         self.learner = Learner(policy, config, self.control, start_policy=start_policy)
         self.sampler = make_sampler(config, policy, max_episodes=pool.size)
+        observer.note(f"sampler: {self.sampler.describe()}")
         self.collector = make_collector(config, pool, policy, self.sampler)
         self.curriculum = Curriculum(suite.tasks("train"), seed=config.seed, balance=config.rollout.balance)
         self.panels = {
