@@ -52,8 +52,9 @@ class AgentConfig(Section):
     max_response_tokens: int = Field(default=512, ge=1)
     """Tokens after which a response is cut."""
     overflow: Literal["end", "drop_oldest"] = "end"
-    """What happens when a prompt outgrows `model.max_context`. `end`: the episode ends. `drop_oldest`: a transcript goes
-    on without its oldest turns after the first message, which begins a new training row; a window shows fewer pairs."""
+    """What happens when a prompt outgrows `model.max_context`. `end`: the episode ends. `drop_oldest`: a transcript
+    goes on without its oldest turns after the first message, which begins a new training row; a window shows fewer
+    pairs."""
 
 
 class TinyModelConfig(Section):
