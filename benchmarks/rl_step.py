@@ -124,16 +124,21 @@ def measure(scenario: Scenario, cases: list[str], rounds: int) -> dict[str, Any]
 
 
 def check(scenario: Scenario, work: dict[str, dict[str, int]]) -> None:
-    """The same work for everybody, and the work that was asked for."""
+    """The same work for everybody, and the work that was asked for: to the turn, and to 2 % of the tokens.
+
+    TRL ends a response of a pretrained model early now and then, so it may have a little less to do, never more.
+    """
     turns = scenario.episodes * scenario.turns
+    wanted = {"episodes": scenario.episodes, "turns": turns, "optimizer_steps": 1}
     sampled = turns * scenario.response_tokens
-    wanted = {"episodes": scenario.episodes, "turns": turns, "sampled": sampled, "trained": sampled}
+    rows = max(done["row_tokens"] for done in work.values())
     for case, done in work.items():
-        if (
-            done != done | wanted | {"optimizer_steps": 1}
-            or done["row_tokens"] != next(iter(work.values()))["row_tokens"]
-        ):
-            raise RuntimeError(f"the trainers did not do the same work: {case} did {done}, asked for {wanted}; {work}")
+        shares = (done["sampled"] / sampled, done["trained"] / sampled, done["row_tokens"] / rows)
+        if done != done | wanted or not all(0.98 <= share <= 1 for share in shares):
+            raise RuntimeError(
+                f"the trainers did not do the same work: {case} did {done}, asked for {wanted} and {sampled} "
+                f"tokens; {work}"
+            )
 
 
 def summary(steps: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Everything a run needs to go on, in folders that are either whole or not there.
 
-A checkpoint holds `policy/` (a Hugging Face model directory that any tool loads), `critic.safetensors`,
+A checkpoint holds `policy/` (a Hugging Face model directory that any tool loads, or an adapter in
+peft's layout), `critic.safetensors`,
 `optimizer.safetensors`, and `state.json` (step, entropy history, format version, checksums). All randomness of a run is
 a function of the seed, the step and the episode, so there is no generator state to keep.
 """

@@ -245,8 +245,8 @@ def _keeps_rows_apart(model: Any) -> bool:
 def load_policy(folder: str | Path, config: ModelConfig, *, seed: int = 0) -> Policy:
     """Load a model, or an adapter and its base, by directory or name (`epo.models.resolve_model`).
 
-    Only the name of a model on the Hugging Face hub that is not on this machine yet causes a download. No code of the
-    model is run.
+    Only the name of a model on the Hugging Face hub that is not on this machine yet, given or written beside an adapter
+    as its base, causes a download. No code of the model is run.
 
     Args:
         seed: of a new adapter, where the configuration asks for one and the directory holds none.
