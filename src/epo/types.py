@@ -97,8 +97,8 @@ class Turn:
     logprobs: FloatArray
     """[R] log-probabilities under the sampling policy at training temperature, natural log."""
     entropy: FloatArray
-    """[R] full-vocabulary entropy at training temperature, in nats: the sampler's, or the learner's where that computes it
-    anew."""
+    """[R] full-vocabulary entropy at training temperature, in nats: the sampler's, or the learner's where that computes
+    it anew."""
     learner_logprobs: FloatArray | None = None
     """[R] the log-probabilities by the learner's own numerics, with the weights that sampled; None where `logprobs`
     serve for the update too (`sampler.old_logprobs`)."""
