@@ -182,7 +182,7 @@ def test_a_full_model_trains_everything(make_policy: Callable[..., Policy]) -> N
 
 
 def test_bfloat16_base_under_float32_adapters(base_folder: Path, lora_config: ModelConfig) -> None:
-    policy = load_policy(base_folder, lora_config.model_copy(update={"dtype": "bfloat16"}))
+    policy = load_policy(base_folder, lora_config.model_copy(update={"dtype": "bfloat16", "compute": "auto"}))
     Critic(policy, CriticConfig(trunk="separate"))
     assert policy.adapters is not None
     assert {t.dtype for name in ("policy", "critic") for t in policy.adapters.tensors(name).values()} == {torch.float32}
@@ -317,7 +317,7 @@ def test_a_base_is_known_by_its_weights(adapted: Policy, base_folder: Path, lora
     model.save_pretrained(base_folder, max_shard_size="40KB")
     assert len(list(base_folder.glob("*.safetensors"))) > 1
     for dtype in ("float32", "bfloat16"):  # neither how it is cut into files nor how it is read matters
-        load_policy(folder, lora_config.model_copy(update={"dtype": dtype}))
+        load_policy(folder, lora_config.model_copy(update={"dtype": dtype, "compute": "auto"}))
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1e-3
     for file in base_folder.glob("model*"):
         file.unlink()
