@@ -124,7 +124,7 @@ def measure(scenario: Scenario, cases: list[str], rounds: int) -> dict[str, Any]
 
 
 def check(scenario: Scenario, work: dict[str, dict[str, int]]) -> None:
-    """The same work for everybody, and the work that was asked for: to the turn, and to 2 % of the tokens.
+    """The same work for everybody, and the work that was asked for: to the turn, and to 3 % of the tokens.
 
     TRL ends a response of a pretrained model early now and then, so it may have a little less to do, never more.
     """
@@ -134,7 +134,7 @@ def check(scenario: Scenario, work: dict[str, dict[str, int]]) -> None:
     rows = max(done["row_tokens"] for done in work.values())
     for case, done in work.items():
         shares = (done["sampled"] / sampled, done["trained"] / sampled, done["row_tokens"] / rows)
-        if done != done | wanted or not all(0.98 <= share <= 1 for share in shares):
+        if done != done | wanted or not all(0.97 <= share <= 1 for share in shares):
             raise RuntimeError(
                 f"the trainers did not do the same work: {case} did {done}, asked for {wanted} and {sampled} "
                 f"tokens; {work}"
