@@ -37,7 +37,13 @@ class Script(Sampler):
         self.released: list[int] = []
 
     def generate(
-        self, requests: Sequence[Request], *, temperature: float, train_temperature: float, max_tokens: int
+        self,
+        requests: Sequence[Request],
+        *,
+        temperature: float,
+        train_temperature: float,
+        max_tokens: int,
+        alternatives: int = 0,
     ) -> list[Completion]:
         assert not {r.episode for r in requests} & set(self.released), "nothing is generated for the dead"
         self.asked.append([r.episode for r in requests])

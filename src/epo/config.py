@@ -367,6 +367,13 @@ class CheckpointConfig(Section):
     """Checkpoints kept."""
 
 
+class RecordConfig(Section):
+    """What is kept for people to look at; changes nothing of the training."""
+
+    alternatives: int = Field(default=3, ge=0, le=20)
+    """Most probable tokens kept beside every token that was drawn."""
+
+
 class Config(Section):
     name: str = Field(default="run", pattern=r"^[^/\\.][^/\\]*$")
     """Name of the recipe; the default name of the run folder."""
@@ -385,6 +392,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    record: RecordConfig = RecordConfig()
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:

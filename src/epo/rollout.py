@@ -111,9 +111,11 @@ class RolloutCollector:
         specs: Sequence[EpisodeSpec],
         *,
         temperature: float,
+        alternatives: int = 0,
         on_done: Callable[[Trajectory], None] | None = None,
     ) -> list[Trajectory]:
-        """Play every spec to its end; trajectories in the order of `specs`.
+        """Play every spec to its end; trajectories in the order of `specs`. `alternatives` of the most probable tokens
+        are kept at every place.
 
         An episode whose environment fails for good ends with `StopReason.ENVIRONMENT_ERROR`; one whose prompt outgrows
         the context, also after what `agent.overflow` leaves out, ends with `StopReason.CONTEXT_OVERFLOW`, possibly
@@ -139,7 +141,7 @@ class RolloutCollector:
             for slot in self._receive(live):
                 finish(slot)
             if live:
-                for slot, completion in self._respond(live, temperature=temperature):
+                for slot, completion in self._respond(live, temperature=temperature, alternatives=alternatives):
                     self._act(slot, live[slot], completion)
         return [finished[number] for number in range(len(specs))]
 
@@ -193,7 +195,9 @@ class RolloutCollector:
             return True
         return False
 
-    def _respond(self, live: dict[int, _Episode], *, temperature: float) -> list[tuple[int, Completion]]:
+    def _respond(
+        self, live: dict[int, _Episode], *, temperature: float, alternatives: int
+    ) -> list[tuple[int, Completion]]:
         start, prefill, decode = time.perf_counter(), self._sampler.prefill_seconds, self._sampler.decode_seconds
         slots = sorted(live)
         completions = self._sampler.generate(
@@ -201,6 +205,7 @@ class RolloutCollector:
             temperature=temperature,
             train_temperature=self._train_temperature,
             max_tokens=self._config.max_response_tokens,
+            alternatives=alternatives,
         )
         self.timing.sampling += time.perf_counter() - start
         self.timing.prefill += self._sampler.prefill_seconds - prefill
@@ -218,6 +223,7 @@ class RolloutCollector:
                 response_ids=completion.response_ids,
                 logprobs=completion.logprobs,
                 entropy=completion.entropy,
+                alternatives=completion.alternatives,
                 observation=episode.observation.text,
                 response=text,
                 action=parsed.action,

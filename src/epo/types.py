@@ -1,6 +1,6 @@
 """The records that travel between stages. Imports nothing of ours and no torch, so environment workers stay light.
 
-Legend for array suffixes: _T tokens of one row, in order.
+Legend for array suffixes: _T tokens of one row, in order; _R tokens of one response; _M most probable tokens.
 
 Example::
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,14 @@ from numpy.typing import NDArray
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
+
+
+class Alternatives(NamedTuple):
+    """What could have been drawn: the M most probable tokens at each of R places, most probable first."""
+
+    ids_R_M: IntArray
+    logprobs_R_M: FloatArray
+    """At training temperature, natural log."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,6 +111,13 @@ class Turn:
     learner_logprobs: FloatArray | None = None
     """[R] the log-probabilities by the learner's own numerics, with the weights that sampled; None where `logprobs`
     serve for the update too (`sampler.old_logprobs`)."""
+    alternatives: Alternatives | None = None
+    """For people; None where none were asked for (`record.alternatives`)."""
+    advantages: FloatArray | None = None
+    """[R] what the learner weighed the tokens with; None where it did not train on the turn."""
+    ratios: FloatArray | None = None
+    """[R] probability by the policy when the learner last saw the tokens in its update / by the policy that drew them;
+    None where it did not train on the turn."""
     observation: str
     response: str
     action: str

@@ -84,6 +84,13 @@ class ChatFormat:
         """Text of a response for people and parsers; special tokens (the end of the turn) are left out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def pieces(self) -> list[str]:
+        """Text of every token on its own, by id. Bytes that are no whole UTF-8 text stand in hex: `⟨E2 80⟩`."""
+        ids = range(len(self.tokenizer))
+        names = self.tokenizer.convert_ids_to_tokens(list(ids))
+        texts = self.tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
+        return [_piece(name or "", text) for name, text in zip(names, texts, strict=True)]
+
     def drifts(self, response_ids: Sequence[int]) -> bool:
         """Whether encoding the text of a response, end token included, gives other ids than were drawn."""
         text = str(self.tokenizer.decode(list(response_ids), clean_up_tokenization_spaces=False))
@@ -131,3 +138,24 @@ class ChatFormat:
         """`as_text`: the text of control tokens is no control token."""
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=as_text)
         return [int(i) for i in encoded["input_ids"]]
+
+
+def _piece(name: str, text: str) -> str:
+    """The text of a token, given its name in the vocabulary and how it decodes alone."""
+    if "\ufffd" in text:
+        if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", name):
+            return f"⟨{byte[1]}⟩"
+        if all(c in _BYTE_OF for c in name):
+            return f"⟨{bytes(_BYTE_OF[c] for c in name).hex(' ').upper()}⟩"
+    # SentencePiece drops the space in front of what it decodes alone.
+    return f" {text}" if name.startswith("▁") and not text.startswith(" ") else text
+
+
+def _byte_names() -> dict[str, int]:
+    """The letter by which byte-level BPE names each byte: itself where it is printable, else one from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_names()

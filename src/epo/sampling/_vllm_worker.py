@@ -72,9 +72,16 @@ class Worker:
         }
 
     def generate(
-        self, *, prompts: list[list[int]], seeds: list[int | None], temperature: float, max_tokens: int, stop_id: int
+        self,
+        *,
+        prompts: list[list[int]],
+        seeds: list[int | None],
+        temperature: float,
+        max_tokens: int,
+        stop_id: int,
+        alternatives: int,
     ) -> dict[str, Any]:
-        """One response per prompt, in order, with the log-probabilities of its tokens."""
+        """One response per prompt, in order, with the log-probabilities of its tokens and of the likeliest ones."""
         asked = [
             self._vllm.SamplingParams(
                 temperature=temperature,
@@ -82,7 +89,7 @@ class Worker:
                 max_tokens=max_tokens,
                 stop_token_ids=[stop_id],
                 ignore_eos=True,  # the chat template's end of turn is the only end
-                logprobs=0,
+                logprobs=alternatives,
                 detokenize=False,
             )
             for seed in seeds
@@ -96,6 +103,10 @@ class Worker:
                 {
                     "ids": ids,
                     "logprobs": [found[token].logprob for token, found in zip(ids, drawn.logprobs, strict=True)],
+                    "alternatives": [
+                        sorted(((i, f.logprob) for i, f in found.items()), key=lambda p: -p[1])[:alternatives]
+                        for found in drawn.logprobs
+                    ],
                     "cached": output.num_cached_tokens or 0,
                 }
             )

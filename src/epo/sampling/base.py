@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from epo.types import FloatArray, IntArray
+from epo.types import Alternatives, FloatArray, IntArray
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +34,8 @@ class Completion:
     finished: bool
     """The model ended its turn; False when the response was cut at the token limit."""
     policy_version: int
+    alternatives: Alternatives | None = None
+    """As many as were asked for; None for 0."""
 
 
 class Sampler(ABC):
@@ -47,9 +49,23 @@ class Sampler(ABC):
 
     @abstractmethod
     def generate(
-        self, requests: Sequence[Request], *, temperature: float, train_temperature: float, max_tokens: int
+        self,
+        requests: Sequence[Request],
+        *,
+        temperature: float,
+        train_temperature: float,
+        max_tokens: int,
+        alternatives: int = 0,
     ) -> list[Completion]:
-        """One completion per request, in the order of the requests. `temperature` 0 is greedy."""
+        """One completion per request, in the order of the requests.
+
+        Args:
+            requests: of episodes that live, each at most once.
+            temperature: of the draw; 0 is greedy.
+            train_temperature: of the log-probabilities and entropies returned.
+            max_tokens: after which a response is cut.
+            alternatives: how many of the most probable tokens to tell at every place.
+        """
 
     @abstractmethod
     def release(self, episode: int) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from epo.errors import UserError
+from epo.types import Alternatives
 
 _BLOCK = 256
 # exp(-1e4) is 0 in float32: excluded tokens (logit -inf) add nothing to any sum, and 0 * -inf never arises.
@@ -26,10 +27,17 @@ class Drawn(NamedTuple):
     """At training temperature."""
     entropy: list[float]
     """Of the full distribution at training temperature, in nats."""
+    alternatives: Alternatives | None
+    """Of each row, if asked for."""
 
 
 def draw_and_score(
-    logits_B_V: Tensor, *, uniform: Sequence[float] | None, temperature: float, train_temperature: float
+    logits_B_V: Tensor,
+    *,
+    uniform: Sequence[float] | None,
+    temperature: float,
+    train_temperature: float,
+    alternatives: int = 0,
 ) -> Drawn:
     """Draw a token a row from softmax(logits / temperature), by inversion of the cumulative distribution.
 
@@ -38,6 +46,7 @@ def draw_and_score(
         uniform: a number in [0, 1) for each row; None takes the most probable token, whatever the temperature.
         temperature: of the draw.
         train_temperature: of the log-probabilities and entropies returned.
+        alternatives: how many of the most probable tokens to return beside the drawn one.
 
     Raises:
         UserError: the logits are not finite.
@@ -65,8 +74,14 @@ def draw_and_score(
         else:
             tokens_B = _invert(other_B_V, _block_sums(other_B_V), uniform)
     logprobs_B = shifted_B_V.gather(1, tokens_B[:, None])[:, 0].double() - log_total_B
+    found = None
+    if alternatives:
+        top = shifted_B_V.topk(min(alternatives, shifted_B_V.shape[1]))
+        found = Alternatives(
+            top.indices.cpu().numpy(), (top.values.double() - log_total_B[:, None]).float().cpu().numpy()
+        )
     entropy_B = log_total_B - _block_sums(weights_B_V.mul_(shifted_B_V)).sum(-1) / total_B
-    return Drawn(tokens_B.tolist(), logprobs_B.tolist(), entropy_B.tolist())
+    return Drawn(tokens_B.tolist(), logprobs_B.tolist(), entropy_B.tolist(), found)
 
 
 def draw_tokens(logits_B_V: Tensor, uniform: Sequence[float]) -> Tensor:

@@ -21,6 +21,7 @@ from epo.sampling.forward import Forward, Row
 from epo.sampling.generic import GenericForward
 from epo.sampling.lean import LeanForward, NotLean
 from epo.training.policy import Policy
+from epo.types import Alternatives, FloatArray, IntArray
 
 
 class LocalSampler(Sampler):
@@ -90,7 +91,13 @@ class LocalSampler(Sampler):
 
     @torch.inference_mode()
     def generate(
-        self, requests: Sequence[Request], *, temperature: float, train_temperature: float, max_tokens: int
+        self,
+        requests: Sequence[Request],
+        *,
+        temperature: float,
+        train_temperature: float,
+        max_tokens: int,
+        alternatives: int = 0,
     ) -> list[Completion]:
         if not requests:
             return []
@@ -108,7 +115,14 @@ class LocalSampler(Sampler):
         after_prefill = time.perf_counter()
         self.prefill_seconds += after_prefill - start
         for remaining in range(max_tokens - 1, -1, -1):
-            tokens_B = self._draw(live, hidden_B_D, drawn, temperature=temperature, train_temperature=train_temperature)
+            tokens_B = self._draw(
+                live,
+                hidden_B_D,
+                drawn,
+                temperature=temperature,
+                train_temperature=train_temperature,
+                alternatives=alternatives,
+            )
             keep = [i for i, token in enumerate(tokens_B) if token != self._policy.chat.stop_id]
             for i, token in enumerate(tokens_B):
                 drawn[live[i].episode].finished = token == self._policy.chat.stop_id
@@ -186,15 +200,20 @@ class LocalSampler(Sampler):
         *,
         temperature: float,
         train_temperature: float,
+        alternatives: int,
     ) -> list[int]:
         out = draw_and_score(
             self._forward.logits(hidden_B_D),
             uniform=None if temperature == 0 else [request.random.random() for request in live],
             temperature=temperature,
             train_temperature=train_temperature,
+            alternatives=alternatives,
         )
-        for request, token, logprob, entropy in zip(live, *out, strict=True):
+        for request, token, logprob, entropy in zip(live, out.tokens, out.logprobs, out.entropy, strict=True):
             drawn[request.episode].add(token, logprob, entropy)
+        if out.alternatives is not None:
+            for request, ids_M, logprobs_M in zip(live, *out.alternatives, strict=True):
+                drawn[request.episode].alternatives.append((ids_M, logprobs_M))
         return out.tokens
 
 
@@ -203,6 +222,7 @@ class _Drawn:
     ids: list[int] = field(default_factory=list[int])
     logprobs: list[float] = field(default_factory=list[float])
     entropy: list[float] = field(default_factory=list[float])
+    alternatives: list[tuple[IntArray, FloatArray]] = field(default_factory=list[tuple[IntArray, FloatArray]])
     finished: bool = False
 
     def add(self, token: int, logprob: float, entropy: float) -> None:
@@ -211,6 +231,7 @@ class _Drawn:
         self.entropy.append(entropy)
 
     def completion(self, episode: int, *, version: int) -> Completion:
+        found = [np.stack(part) for part in zip(*self.alternatives, strict=True)]
         return Completion(
             episode=episode,
             response_ids=np.array(self.ids, dtype=np.int64),
@@ -218,4 +239,5 @@ class _Drawn:
             entropy=np.array(self.entropy, dtype=np.float32),
             finished=self.finished,
             policy_version=version,
+            alternatives=Alternatives(*found) if found else None,
         )

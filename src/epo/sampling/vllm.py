@@ -26,7 +26,7 @@ from epo.sampling._vllm_engine import Engine, EngineDied, EngineRefused, require
 from epo.sampling.base import Completion, Request, Sampler
 from epo.training.adapters import effective_weight
 from epo.training.policy import Policy
-from epo.types import FloatArray
+from epo.types import Alternatives, FloatArray
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,13 @@ class VllmSampler(Sampler):
         self.engine = self._start()
 
     def generate(
-        self, requests: Sequence[Request], *, temperature: float, train_temperature: float, max_tokens: int
+        self,
+        requests: Sequence[Request],
+        *,
+        temperature: float,
+        train_temperature: float,
+        max_tokens: int,
+        alternatives: int = 0,
     ) -> list[Completion]:
         """
         Raises:
@@ -96,6 +102,7 @@ class VllmSampler(Sampler):
             "temperature": relative,
             "max_tokens": max_tokens,
             "stop_id": self._policy.chat.stop_id,
+            "alternatives": alternatives,
         }
         while True:
             try:
@@ -136,6 +143,7 @@ class VllmSampler(Sampler):
                     entropy=np.full(len(ids), np.nan, dtype=np.float32),
                     finished=bool(ids[-1] == self._policy.chat.stop_id),
                     policy_version=version,
+                    alternatives=_alternatives(found["alternatives"]),
                 )
             )
         return completions
@@ -210,6 +218,15 @@ class VllmSampler(Sampler):
                 f"{self._policy.model.name_or_path!r}, so set sampler.name=local; or it only rounds differently, so "
                 "raise sampler.max_weight_error"
             )
+
+
+def _alternatives(found_R: list[list[tuple[int, float]]]) -> Alternatives | None:
+    if not found_R or not found_R[0]:
+        return None
+    return Alternatives(
+        np.array([[token for token, _ in place] for place in found_R], dtype=np.int64),
+        np.array([[logprob for _, logprob in place] for place in found_R], dtype=np.float32),
+    )
 
 
 def engine_dtype(policy: Policy) -> torch.dtype:

@@ -5,6 +5,7 @@ Legend: N trained tokens of the step, n of a micro-batch, B rows, T tokens, D hi
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from epo.training.passes import Passes
 from epo.training.policy import Critic, Policy
 from epo.training.rescoring import mismatch_metrics, rescored, truncated_importance_weights, weight_metrics
 from epo.training.stopwatch import Stopwatch
-from epo.types import PackedBatch, Trajectory, TrajectoryGroup
+from epo.types import PackedBatch, Trajectory, TrajectoryGroup, Turn
 
 
 @dataclass(kw_only=True, slots=True)
@@ -40,6 +41,8 @@ class _StepData:
     returns_N: Tensor | None
     values_N: Tensor | None
     reference_N: Tensor | None
+    ratio_N: Tensor
+    """Of each token when an optimiser step last saw it."""
     mismatch: dict[str, float]
     """Metrics of how far sampler and learner are apart; known after the first mini-batch at the latest."""
 
@@ -92,7 +95,8 @@ class Learner:
             return rescored(groups, self.policy, self._passes)
 
     def update(self, groups: Sequence[TrajectoryGroup], *, step: int) -> dict[str, float]:
-        """Train on the survivors of the task groups that the filter keeps; returns metrics.
+        """Train on the survivors of the task groups that the filter keeps; returns metrics, and notes the advantage and
+        the probability ratio of every token on the turns it trained on.
 
         A step without survivors, or of which the filter keeps nothing, changes nothing. The entropy control, too, sees
         the kept tokens only.
@@ -114,6 +118,7 @@ class Learner:
                     metrics[name] += value
                 steps += 1
         self.policy.version += 1
+        _note([turn for group in kept for t in group for turn in t.turns], data)
         self.control.observe(data.tokens.old_entropy_N, data.tokens.trajectory_ids_N, data.tokens.turn_ids_N)
         skipped = metrics.pop("update/skipped", 0.0)
         averaged = {name: value / steps for name, value in metrics.items()}
@@ -162,6 +167,7 @@ class Learner:
             returns_N=returns_N,
             values_N=values_N,
             reference_N=reference_N,
+            ratio_N=torch.ones_like(tokens.old_logprobs_N),
             mismatch=mismatch,
         )
 
@@ -276,6 +282,7 @@ class Learner:
         for name, value in entropy.metrics.items():
             metrics[name] += value
         with torch.no_grad():
+            data.ratio_N[index_n] = (logprobs_n - tokens.old_logprobs_N[index_n]).exp().float()
             # Drawn from the old policy (up to the sampler's numerics), they estimate KL(old || new) without bias.
             kl_n = kl_penalty(tokens.old_logprobs_N[index_n], logprobs_n, kind="k3")
             # Metrics are means, whatever the weights of the loss add up to.
@@ -349,6 +356,15 @@ def learning_rate_factor(step: int, total: int, *, warmup_fraction: float, min_r
         return min_ratio + (1 - min_ratio) * step / warmup
     progress = (step - warmup) / max(1, total - warmup)
     return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def _note(turns: Sequence[Turn], data: _StepData) -> None:
+    """Give every trained turn what the learner made of its tokens; the flat order is that of the turns."""
+    ends = list(itertools.accumulate(len(turn.response_ids) for turn in turns))[:-1]
+    advantages = np.split(data.advantages_N.float().cpu().numpy(), ends)
+    ratios = np.split(data.ratio_N.cpu().numpy(), ends)
+    for turn, advantages_R, ratios_R in zip(turns, advantages, ratios, strict=True):
+        turn.advantages, turn.ratios = advantages_R, ratios_R
 
 
 def _minibatches(survivors: Sequence[Sequence[Trajectory]], count: int, shuffle: np.random.Generator) -> list[set[int]]:

@@ -1,6 +1,6 @@
 """The folder of a run: what was asked, what happened, and where to go on.
 
-config.yaml  provenance.json  metrics.jsonl  eval.jsonl  trajectories/  checkpoints/  tensorboard/
+config.yaml  provenance.json  vocabulary.json  metrics.jsonl  eval.jsonl  trajectories/  checkpoints/  tensorboard/
 plot.svg  report.html  summary.json
 
 Every line of the logs is strict JSON: a number that is not finite is written as null.
@@ -22,7 +22,8 @@ from epo.config import Config
 from epo.errors import UserError
 from epo.files import write_atomically
 from epo.recipe import parse_config
-from epo.types import Trajectory, TrajectoryGroup
+from epo.reporting.trajectories import index_entry, trajectory_record
+from epo.types import TrajectoryGroup
 
 
 class RunFolder:
@@ -33,6 +34,8 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.metrics_file = path / "metrics.jsonl"
         self.evaluations_file = path / "eval.jsonl"
+        self.trajectories = path / "trajectories"
+        self.index_file = self.trajectories / "index.jsonl"
 
     @classmethod
     def create(cls, path: Path, config: Config, provenance: dict[str, Any]) -> RunFolder:
@@ -80,13 +83,17 @@ class RunFolder:
 
     def add_step(self, step: int, metrics: dict[str, float], groups: Sequence[TrajectoryGroup]) -> None:
         """Append a step. The trajectories come first, so a step in the metrics has its trajectories."""
-        lines = [
-            json.dumps(trajectory_record(t, step=step, group=g), ensure_ascii=False)
-            for g, group in enumerate(groups)
-            for t in group.trajectories
+        records = [
+            trajectory_record(t, step=step, group=g) for g, group in enumerate(groups) for t in group.trajectories
         ]
-        write_atomically(self.path / "trajectories" / f"step_{step:06d}.jsonl", "\n".join(lines) + "\n")
+        lines = [json.dumps(record, ensure_ascii=False, allow_nan=False) for record in records]
+        write_atomically(self.trajectories / f"step_{step:06d}.jsonl", "\n".join(lines) + "\n")
+        _append(self.index_file, index_entry(records))
         _append(self.metrics_file, {"step": step, **metrics})
+
+    def add_vocabulary(self, pieces: Sequence[str]) -> None:
+        """Keep the text of every token, which trajectories name by their ids."""
+        write_atomically(self.path / "vocabulary.json", json.dumps(pieces, ensure_ascii=False))
 
     def add_evaluation(self, entry: dict[str, Any]) -> None:
         _append(self.evaluations_file, entry)
@@ -106,7 +113,8 @@ class RunFolder:
         writes it again."""
         _write(self.metrics_file, [line for line in self.metrics() if line["step"] <= step])
         _write(self.evaluations_file, evaluations)
-        for file in (self.path / "trajectories").glob("step_*.jsonl"):
+        _write(self.index_file, [line for line in read_lines(self.index_file) if line["step"] <= step])
+        for file in self.trajectories.glob("step_*.jsonl"):
             if int(file.stem[5:]) > step:
                 file.unlink()
         if self.checkpoints.is_dir():
@@ -127,37 +135,6 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return [
         json.loads(line) for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
     ]
-
-
-def trajectory_record(trajectory: Trajectory, *, step: int, group: int) -> dict[str, Any]:
-    """A trajectory as plain data: everything a viewer needs to show what the policy read, wrote and was paid."""
-    return {
-        "step": step,
-        "group": group,
-        "task": trajectory.task.id,
-        "goal": trajectory.task.goal,
-        "stop_reason": trajectory.stop_reason.value,
-        "success": trajectory.success,
-        "score": trajectory.score,
-        "error": trajectory.error,
-        "restarts": trajectory.restarts,
-        "turns": [
-            {
-                "observation": turn.observation,
-                "response": turn.response,
-                "action": turn.action,
-                "is_valid": turn.is_valid,
-                "understood": turn.understood,
-                "reward": turn.reward,
-                "score": turn.score,
-                "prompt_tokens": len(turn.prompt_ids),
-                "response_ids": turn.response_ids.tolist(),
-                "logprobs": [round(float(x), 5) for x in turn.logprobs],
-                "entropy": [round(float(x), 5) for x in turn.entropy],
-            }
-            for turn in trajectory.turns
-        ],
-    }
 
 
 def _append(file: Path, entry: dict[str, Any]) -> None:

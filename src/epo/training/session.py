@@ -44,6 +44,9 @@ _OF_THE_MACHINE = (
     ("sampler", "block_size"),
     ("sampler", "max_weight_error"),
 )
+"""How many workers play and what an engine is granted: the machine's business, not the experiment's."""
+_TO_LOOK_AT = ("record",)
+"""Sections that say what is kept and shown. Like the above, they may change when a run goes on."""
 
 
 def prepare_suite(config: Config) -> TaskSuite:
@@ -122,6 +125,7 @@ def train_run(config: Config, path: Path, observer: Observer, *, resume: bool) -
         else:
             policy, start = resumed_policy(checkpoint / "policy", config.model, start=start)
         observer.note(f"model: {policy.describe()}")
+        run.add_vocabulary(policy.chat.pieces())
         trainer = Trainer(config, suite, pool, policy, run, observer, resume_from=checkpoint, start_policy=start)
         if resume:
             run.rewind(trainer.state.step, evaluations=trainer.state.evaluations)
@@ -166,10 +170,12 @@ def quiet_libraries() -> None:
 def _reopen(path: Path, config: Config) -> tuple[RunFolder, Path | None]:
     run = RunFolder.open(path)
     before, now = run.config().model_dump(mode="json"), config.model_dump(mode="json")
-    # How many workers play and what an engine is granted are the machine's business, not the experiment's.
     for section, key in _OF_THE_MACHINE:
         before[section].pop(key)
         now[section].pop(key)
+    for section in _TO_LOOK_AT:
+        before.pop(section)
+        now.pop(section)
     if different := _differences(before, now):
         raise UserError(
             f"--resume goes on with the configuration the run was started with, but {', '.join(different)} differ: "

@@ -164,7 +164,10 @@ class Trainer:
         ]
         self.observer.begin(f"step {step + 1}/{self.config.steps}", len(specs))
         trajectories = self.collector.collect(
-            specs, temperature=rollout.temperature, on_done=count_episodes(self.observer)
+            specs,
+            temperature=rollout.temperature,
+            alternatives=self.config.record.alternatives,
+            on_done=count_episodes(self.observer),
         )
         size = rollout.group_size
         return [
