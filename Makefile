@@ -10,13 +10,21 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 NAME ?= quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: train test lint docs alfworld crosscheck test-vllm clean
+.PHONY: train test browser lint docs alfworld crosscheck test-vllm clean
 
 train: $(VENV)/.train
 	$(BIN)/epo train quickstart --name $(NAME)
 
-test: $(VENV)/.test
+test: $(VENV)/.test browser
 	$(BIN)/python -m pytest
+
+# The tests of reports drive a real one; $$EPO_CHROMIUM may name it.
+browser:
+	@test -n "$(EPO_CHROMIUM)" || command -v chromium chromium-browser google-chrome >/dev/null || \
+	  { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && echo "installing chromium ..." && \
+	    apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
+	  { echo "the tests of reports need Chromium: apt install chromium, or EPO_CHROMIUM=/path/to/chrome make test"; \
+	    exit 2; }
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check

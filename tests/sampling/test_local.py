@@ -289,3 +289,27 @@ def test_nothing_is_drawn_from_logits_that_are_not_finite() -> None:
         logits_B_V = torch.tensor([[0.0, 1.0, 2.0], [0.0, bad, 1.0]])
         with pytest.raises(UserError, match="logits are not finite"):
             draw_and_score(logits_B_V, uniform=[0.5, 0.5], temperature=1.0, train_temperature=1.0)
+
+
+def test_alternatives_are_the_most_probable_tokens_at_training_temperature(make_policy: MakePolicy) -> None:
+    policy = make_policy()
+    prompts = {e: words(policy, seed=e, length=5 + 4 * e) for e in range(3)}
+
+    def sample(alternatives: int) -> list[Completion]:
+        sampler = LocalSampler(policy, max_episodes=3)
+        return sampler.generate(
+            [request(e, prompt) for e, prompt in prompts.items()],
+            temperature=0.7, train_temperature=1.3, max_tokens=6, alternatives=alternatives,
+        )  # fmt: skip
+
+    for plain, drawn, (episode, prompt) in zip(sample(0), sample(4), prompts.items(), strict=True):
+        assert plain.alternatives is None and drawn.alternatives is not None
+        assert drawn.episode == episode and drawn.response_ids.tolist() == plain.response_ids.tolist()
+        np.testing.assert_array_equal(drawn.logprobs, plain.logprobs)
+        logits = naive_logits(policy, prompt, drawn.response_ids.tolist())
+        for place, expected in enumerate(torch.log_softmax(logits / 1.3, dim=-1).tolist()):
+            best = sorted(range(len(expected)), key=lambda i: -expected[i])[:4]
+            assert drawn.alternatives.ids_R_M[place].tolist() == best
+            np.testing.assert_allclose(
+                drawn.alternatives.logprobs_R_M[place], [expected[i] for i in best], atol=TOLERANCE
+            )

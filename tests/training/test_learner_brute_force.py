@@ -18,7 +18,7 @@ from epo.config import Config
 from epo.objectives import make_control
 from epo.training.learner import Learner
 from epo.training.policy import Policy
-from epo.types import Trajectory, TrajectoryGroup
+from epo.types import StopReason, Trajectory, TrajectoryGroup
 
 TEMPERATURE = 1.3
 REFERENCE = 0.7  # about the median entropy of the policy below: tokens lie on both sides of the corridor
@@ -261,3 +261,39 @@ def test_first_step_of_the_optimiser(make_sharp_policy: Callable[..., Policy], m
             g = clipped[name]
             expected = old[name] * (1 - rate * 0.1) - rate * g / (g.abs() + 1e-8)
             torch.testing.assert_close(p.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_turns_carry_the_advantages_and_ratios_of_their_own_tokens(
+    make_sharp_policy: Callable[..., Policy], minute_config: Callable[..., Config]
+):
+    """GRPO with a filter, two mini-batches: the later one sees what the earlier one changed."""
+    rng = np.random.default_rng(5)
+    policy, made = make_sharp_policy(), groups(rng, count=4, size=3)
+    near_policy(policy, made, rng)
+    for trajectory in made[2].trajectories:  # equal rewards: the filter drops this group
+        trajectory.turns = trajectory.turns[:1]
+        trajectory.turns[0].environment_reward = 1.0
+    made[3].trajectories[0].stop_reason = StopReason.ENVIRONMENT_ERROR
+    config = minute_config(
+        *COMMON[:2], "optimizer.minibatches=2", "optimizer.learning_rate=0.05", "algorithm.name=grpo",
+        "rollout.group_size=3", "algorithm.filter=snr", "algorithm.filter_keep=1.0", "optimizer.microbatch_tokens=40",
+    )  # fmt: skip
+    learner = Learner(policy, config, make_control("none"))
+    first = Plain(learner)
+    learner.update(made, step=STEP)
+    unlike_start: list[bool] = []
+    for number, group in enumerate(made):
+        rewards = [t.total_reward for t in group.survivors]
+        for t in group.trajectories:
+            if number == 2 or t.stop_reason.is_error:
+                assert all(turn.advantages is None and turn.ratios is None for turn in t.turns)
+                continue
+            expected = (t.total_reward - statistics.fmean(rewards)) / (statistics.stdev(rewards) + 1e-6)
+            for turn in t.turns:
+                assert turn.advantages is not None and turn.ratios is not None
+                np.testing.assert_allclose(turn.advantages, [expected] * len(turn.response_ids), rtol=1e-4)
+                assert len(turn.ratios) == len(turn.response_ids)
+                start = np.exp(first.turn(turn)[0].detach().numpy() - turn.logprobs)
+                unlike_start.append(not np.allclose(turn.ratios, start, rtol=1e-3))
+    # The first mini-batch was seen by the policy that started, the second by one that had stepped.
+    assert any(unlike_start) and not all(unlike_start)

@@ -113,7 +113,8 @@ class RunFolder:
         writes it again."""
         _write(self.metrics_file, [line for line in self.metrics() if line["step"] <= step])
         _write(self.evaluations_file, evaluations)
-        _write(self.index_file, [line for line in read_lines(self.index_file) if line["step"] <= step])
+        if self.index_file.is_file():
+            _write(self.index_file, [line for line in read_lines(self.index_file) if line["step"] <= step])
         for file in self.trajectories.glob("step_*.jsonl"):
             if int(file.stem[5:]) > step:
                 file.unlink()
