@@ -20,7 +20,8 @@ test: $(VENV)/.test browser
 
 # The tests of reports drive a real one; $$EPO_CHROMIUM may name it.
 browser:
-	@test -n "$(EPO_CHROMIUM)" || command -v chromium chromium-browser google-chrome >/dev/null || \
+	@test -n "$(EPO_CHROMIUM)" || command -v chromium >/dev/null || command -v chromium-browser >/dev/null || \
+	  command -v google-chrome >/dev/null || \
 	  { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && echo "installing chromium ..." && \
 	    apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
 	  { echo "the tests of reports need Chromium: apt install chromium, or EPO_CHROMIUM=/path/to/chrome make test"; \
