@@ -118,7 +118,7 @@ def is_active(character: str) -> bool:
 
 
 def printable(text: str) -> str:
-    """What of `text` any viewer must show as it is: everything but active characters, spaces and marks without width."""
+    """What of `text` any viewer must show as it is: letters, digits, punctuation and signs that have a width."""
     return "".join(
         c
         for c in text
