@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="epo",
-    help="Train language-model agents with reinforcement learning, with their entropy under control.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -43,6 +43,21 @@ INTERRUPTED = 130
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as `seed=1`.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"epo {version('epo-agents')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Train language-model agents with reinforcement learning, with their entropy under control."""
 
 
 @app.command(

@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,11 @@ def one_line_error(result: Any) -> str:
     assert last.startswith("error: ")
     assert result.err.count("error: ") == 1
     return last
+
+
+def test_version(epo: Epo):
+    found = epo("--version")
+    assert found.code == 0 and found.out == f"epo {version('epo-agents')}\n"
 
 
 # ---------------------------------------------------------------- train, eval, imitate
