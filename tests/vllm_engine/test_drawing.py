@@ -7,6 +7,7 @@ import pytest
 from engines import draw, largest_difference, prompts
 
 from epo.errors import UserError
+from epo.sampling.base import Request
 from epo.sampling.vllm import VllmSampler
 from epo.training.policy import Policy
 
@@ -25,6 +26,27 @@ def test_log_probabilities_are_those_at_training_temperature(
         assert largest_difference(policy, asked, drawn, temperature=temperature or 0.01) > 0.1
     assert all(np.isnan(c.entropy).all() and len(c.entropy) == len(c.response_ids) for c in drawn)
     assert {c.policy_version for c in drawn} == {policy.version}
+
+
+@pytest.mark.parametrize("alternatives", [0, 4])
+def test_alternatives_are_the_likeliest_tokens(shared: Shared, alternatives: int):
+    import torch
+
+    policy, sampler = shared
+    asked = prompts(3)
+    requests = [Request(episode=i, prompt_ids=ids, random=np.random.default_rng([7, i])) for i, ids in enumerate(asked)]
+    drawn = sampler.generate(requests, temperature=1.3, train_temperature=0.8, max_tokens=5, alternatives=alternatives)
+    for prompt, completion in zip(asked, drawn, strict=True):
+        if not alternatives:
+            assert completion.alternatives is None
+            continue
+        assert completion.alternatives is not None
+        ids = torch.tensor([[*prompt, *completion.response_ids.tolist()]])
+        with torch.inference_mode():
+            logits_R_V = policy.model(input_ids=ids).logits[0, len(prompt) - 1 : -1].double()
+        expected = torch.log_softmax(logits_R_V / 0.8, dim=-1).topk(alternatives)
+        np.testing.assert_array_equal(completion.alternatives.ids_R_M, expected.indices.numpy())
+        np.testing.assert_allclose(completion.alternatives.logprobs_R_M, expected.values.numpy(), atol=1e-3)
 
 
 def test_tokens_are_drawn_at_the_temperature_asked_for(shared: Shared):
