@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, Self, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -367,6 +376,58 @@ class CheckpointConfig(Section):
     """Checkpoints kept."""
 
 
+class HealthConfig(Section):
+    """Alarms, judged every step from the metrics so far (docs/health.md). They change nothing of the training. The key
+    of an alarm is its threshold."""
+
+    halt: list[str] = []
+    """Alarms that stop the run when they begin, before another checkpoint is written."""
+    prompts: int = Field(default=8, ge=0, le=64)
+    """Different tasks whose responses are scored under each other's prompts every step, for the mutual information of
+    what the policy reads and writes; the cost grows with the square. 0 leaves it out."""
+    warmup: int = Field(default=5, ge=3)
+    """Steps before anything is compared with earlier steps."""
+    window: int = Field(default=10, ge=3)
+    """Steps whose median is what a step is compared with."""
+    entropy_eruption: float = Field(default=2.0, gt=1)
+    """`entropy/mean` above this many times its recent median."""
+    entropy_collapse: float = Field(default=0.1, ge=0, lt=1)
+    """`entropy/mean` below this share of what the run began with."""
+    entropy_oscillation: float = Field(default=0.5, gt=0)
+    """`entropy/oscillation` above this share of the mean entropy of the same steps."""
+    cascade: float = Field(default=2.0, gt=1)
+    """Entropy of late turns less that of early turns, above this many times its recent median."""
+    reward_variance: float = Field(default=0.25, ge=0, lt=1)
+    """`reward/std` below this share of the best level it had."""
+    gradient_spike: float = Field(default=5.0, gt=1)
+    """`policy/grad_norm` or `value/grad_norm` above this many times its recent median."""
+    invalid_actions: float = Field(default=0.1, gt=0, le=1)
+    """`turns/invalid` or `turns/not_understood` this far above its recent median."""
+    length: float = Field(default=1.5, gt=1)
+    """`response/tokens` above this many times its recent median."""
+    repetition: float = Field(default=0.1, gt=0, le=1)
+    """`response/repetition` or `turns/repeated` this far above its recent median."""
+    template_collapse: float = Field(default=0.25, ge=0, lt=1)
+    """`input/mutual_information` below this share of the best level it had."""
+    sampler_mismatch: float = Field(default=0.01, gt=0)
+    """`sampler/mismatch_kl` above this many nats per token."""
+    equal_groups: float = Field(default=0.8, ge=0, lt=1)
+    """`groups/all_equal` above this share."""
+    dead_critic: float = Field(default=0.01, lt=1)
+    """`value/explained_variance` below this in every one of the last `window` steps."""
+
+    @field_validator("halt")
+    @classmethod
+    def _name_alarms(cls, halt: list[str]) -> list[str]:
+        if not halt:
+            return halt
+        from epo.reporting.alarms import ALARMS
+
+        if unknown := [name for name in halt if name not in ALARMS]:
+            raise ValueError(f"there is no alarm {', '.join(map(repr, unknown))}: choose from {', '.join(ALARMS)}")
+        return halt
+
+
 class RecordConfig(Section):
     """What is kept for people to look at; changes nothing of the training."""
 
@@ -393,6 +454,7 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     record: RecordConfig = RecordConfig()
+    health: HealthConfig = HealthConfig()
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
@@ -400,6 +462,11 @@ class Config(Section):
             raise ValueError(
                 f"optimizer.minibatches {self.optimizer.minibatches} cannot be dealt whole task groups from "
                 f"rollout.tasks_per_step {self.rollout.tasks_per_step}: lower the first or raise the second"
+            )
+        if self.health.halt and self.checkpoint.keep < 2:
+            raise ValueError(
+                "health.halt needs the checkpoint before the newest, since weights show how good they are in the next "
+                "step only: set checkpoint.keep to 2 or more"
             )
         if len(set(self.evaluation.splits)) < len(self.evaluation.splits):
             raise ValueError(f"evaluation.splits names a split twice: {', '.join(self.evaluation.splits)}")
