@@ -7,28 +7,20 @@
 
   // ---- the address
 
-  function readAddress() {
-    const [tab, query] = location.hash.slice(1).split("?");
-    if (tab !== TAB) return null;
-    const parameters = new URLSearchParams(query || "");
-    const whole = (name) => (/^\d{1,9}$/.test(parameters.get(name) || "") ? Number(parameters.get(name)) : null);
-    const colour = parameters.get("colour");
+  function readParams(params) {
+    const whole = (text) => (/^\d{1,9}$/.test(text || "") ? Number(text) : null);
     return {
-      run: whole("run"),
-      step: whole("step"),
-      row: whole("row"),
-      colour: Object.hasOwn(V.MEASURES, colour) ? colour : null,
-      compare: parameters.get("compare") === "1",
+      run: whole(params.run),
+      step: whole(params.step),
+      row: whole(params.row),
+      colour: Object.hasOwn(V.MEASURES, params.colour) ? params.colour : "entropy",
+      compare: params.compare === "1",
     };
   }
 
-  function address(state) {
-    const parameters = new URLSearchParams({ run: state.run });
-    if (state.step !== null) parameters.set("step", state.step);
-    if (state.row !== null) parameters.set("row", state.row);
-    if (state.view.colour !== "entropy") parameters.set("colour", state.view.colour);
-    if (state.compare) parameters.set("compare", "1");
-    return `#${TAB}?${parameters}`;
+  function paramsOf(state) {
+    const { run, step, row, compare, view } = state;
+    return { run, step, row, colour: view.colour === "entropy" ? null : view.colour, compare: compare ? "1" : null };
   }
 
   // ---- the tab
@@ -80,6 +72,7 @@
       state.row = row;
       state.view.found = list.foundText();
       if (byHand && isOther) remember();
+      else remember({ replace: true });
       list.show(step, row);
       const mine = ++state.request;
       const isHere = state.loaded && state.loaded.run === state.run && state.loaded.step === step;
@@ -104,10 +97,10 @@
       if (byHand && window.matchMedia("(max-width: 800px)").matches) right.scrollIntoView({ block: "start" });
     }
 
+    // A new place in the history of the browser, or, with `replace`, the present one under another address.
     function remember({ replace = false } = {}) {
-      const to = address(state);
-      if (to === location.hash) return;
-      history[replace ? "replaceState" : "pushState"](null, "", to);
+      if (replace) EPO.setParams(TAB, paramsOf(state));
+      else EPO.go(TAB, paramsOf(state));
     }
 
     function showFailure(step, error) {
@@ -358,19 +351,22 @@
       open(last, firstRow(last), options);
     }
 
-    function goToAddress() {
-      const wanted = readAddress();
-      if (wanted === null) return false;
-      if (wanted.colour) state.view.colour = wanted.colour;
-      const isOtherRun = wanted.run !== null && wanted.run !== state.run && wanted.run < EPO.page.runs.length;
-      if (isOtherRun) {
-        state.run = wanted.run;
+    // True when `params` name a trajectory.
+    function follow(params) {
+      const wanted = readParams(params);
+      const run = wanted.run !== null && wanted.run < EPO.page.runs.length ? wanted.run : state.run;
+      if (wanted.step === null) return false;
+      const row = wanted.row === null ? firstRow(wanted.step) : wanted.row;
+      const isSame = run === state.run && wanted.step === state.step && row === state.row;
+      if (isSame && wanted.compare === state.compare && wanted.colour === state.view.colour) return true;
+      state.view.colour = wanted.colour;
+      state.compare = wanted.compare;
+      if (run !== state.run) {
+        state.run = run;
         state.loaded = null;
         list.update();
       }
-      state.compare = wanted.compare;
-      if (wanted.step === null) return false;
-      open(wanted.step, wanted.row === null ? firstRow(wanted.step) : wanted.row);
+      open(wanted.step, row);
       return true;
     }
 
@@ -400,10 +396,9 @@
 
     root.classList.add("show-extremes");
     list.update();
-    if (!goToAddress()) openFirst();
-    window.addEventListener("hashchange", goToAddress);
-    window.addEventListener("popstate", goToAddress);
-    if (EPO.onUpdate) EPO.onUpdate(onUpdate);
+    if (!follow(EPO.params(TAB))) openFirst();
+    EPO.onParams(TAB, follow);
+    EPO.onUpdate(onUpdate);
   }
 
   EPO.tab(TAB, "Trajectories", render);
