@@ -1,0 +1,151 @@
+"""Real processes: a sweep finishes what was killed, repeats nothing that is finished, and leaves nothing running."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Start = Callable[..., "subprocess.Popen[str]"]
+FOLDER = Path("sweeps/two")
+RUNS = ["plain--seed0", "bonus--seed0", "plain--seed1", "bonus--seed1"]
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    text = file.read_text().splitlines(keepends=True) if file.is_file() else []
+    return [json.loads(line) for line in text if line.endswith("\n")]
+
+
+def steps(run: str) -> list[int]:
+    return [line["step"] for line in lines(FOLDER / run / "metrics.jsonl")]
+
+
+def outcome(run: str, folder: Path) -> list[dict[str, Any]]:
+    """Everything measured, without what the machine decides."""
+    return [
+        {k: v for k, v in line.items() if not k.startswith("time/") and k != "tokens/per_second"}
+        for name in ("metrics.jsonl", "eval.jsonl")
+        for line in lines(folder / run / name)
+    ]
+
+
+def states(result: Any) -> dict[str, str]:
+    return {run["name"]: run["state"] for run in json.loads(result.out)["runs"]}
+
+
+def wait_for(what: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not what():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def set_steps(count: int) -> None:
+    Path("two.yaml").write_text(Path("two.yaml").read_text() + f"set: {{steps: {count}, checkpoint.every: 2}}\n")
+
+
+def processes_in(folder: Path) -> list[int]:
+    """Processes whose command line names the folder."""
+    found: list[int] = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if str(folder).encode() in (entry / "cmdline").read_bytes() and int(entry.name) != os.getpid():
+                found.append(int(entry.name))
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def test_killed_and_run_again_it_ends_as_if_nothing_had_happened(epo: Callable[..., Any], start_epo: Start) -> None:
+    set_steps(8)
+    # Absolute, so that the processes of this test can be told from all others.
+    arguments = ("sweep", "two.yaml", "--sweeps", str(Path("sweeps").absolute()))
+    process = start_epo(*arguments, "--parallel", "1")
+    wait_for(lambda: len(steps(RUNS[1])) >= 3, process)
+    process.kill()  # the sweep is gone, the run it had started is not
+    [left] = processes_in(FOLDER.absolute())
+    os.kill(left, signal.SIGSTOP)
+    process.wait()
+    refused = epo(*arguments)
+    assert refused.code == 2 and "is at work in" in refused.err
+    os.kill(left, signal.SIGKILL)
+    finished_before = (FOLDER / RUNS[0] / "metrics.jsonl").stat().st_mtime_ns
+
+    # A process that was killed needs a moment to let go of the lock.
+    deadline = time.monotonic() + 30
+    while (again := epo(*arguments, "--json")).code == 2 and time.monotonic() < deadline:
+        assert "is at work in" in again.err
+    assert again.code == 0, again.err
+    assert states(again) == dict.fromkeys(RUNS, "finished")
+    assert f"{RUNS[0]}: was finished before" in again.err and f"{RUNS[1]}: goes on" in again.err
+    assert (FOLDER / RUNS[0] / "metrics.jsonl").stat().st_mtime_ns == finished_before
+    for run in RUNS:
+        assert steps(run) == list(range(1, 9))
+    whole = epo("train", str(FOLDER / "arms" / "bonus.yaml"), "seed=0", "--name", "whole")
+    assert whole.code == 0, whole.err
+    assert outcome(RUNS[1], FOLDER) == outcome("whole", Path("runs"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_every_run_with_a_checkpoint(number: int, epo: Callable[..., Any], start_epo: Start) -> None:
+    set_steps(300)
+    process = start_epo("sweep", "two.yaml")
+    wait_for(lambda: bool(steps(RUNS[0])), process)
+    # Ctrl-C reaches every process of the terminal's foreground group; SIGTERM comes to the one that is named.
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "stopping after the current steps" in err and "Traceback" not in err
+    done = steps(RUNS[0])
+    assert done == list(range(1, len(done) + 1)) and len(done) < 300
+    assert (FOLDER / RUNS[0] / "checkpoints" / f"step_{len(done):06d}").is_dir()
+    listed = epo("sweep", "two.yaml", "--dry-run", "--json")
+    assert states(listed)[RUNS[0]] == "unfinished"
+    assert "failed" not in states(listed).values()
+
+
+def test_what_fails_is_named_and_run_again_on_request(epo: Callable[..., Any]) -> None:
+    Path("two.yaml").write_text(
+        "name: two\nrecipe: minute.yaml\nseeds: [0]\narms:\n  good: {}\n  bad: {model.path: ./nowhere}\n"
+    )
+    first = epo("sweep", "two.yaml", "--json")
+    assert first.code == 1
+    assert states(first) == {"good--seed0": "finished", "bad--seed0": "failed"}
+    assert "failed: bad--seed0: exit code 2" in first.err and "nowhere" in first.err and "--retry" in first.err
+    second = epo("sweep", "two.yaml", "--json")
+    assert second.code == 1 and "failed before" in second.err and "bad--seed0: started" not in second.err
+    third = epo("sweep", "two.yaml", "--retry")
+    assert third.code == 1 and "bad--seed0: started" in third.err and "good--seed0: was finished before" in third.err
+
+
+def test_a_sweep_may_grow_but_not_change(epo: Callable[..., Any]) -> None:
+    text = Path("two.yaml").read_text().replace("seeds: [0, 1]", "seeds: [0]")
+    Path("two.yaml").write_text(text)
+    assert epo("sweep", "two.yaml").code == 0
+    Path("two.yaml").write_text(text.replace("0.01", "0.02"))
+    changed = epo("sweep", "two.yaml")
+    assert changed.code == 2 and "entropy.coefficient (0.01 then, 0.02 now)" in changed.err
+    Path("two.yaml").write_text(text.replace("seeds: [0]", "seeds: [0, 3]") + "  third: {entropy: {method: epo}}\n")
+    grown = epo("sweep", "two.yaml", "--json")
+    assert grown.code == 0, grown.err
+    assert len(states(grown)) == 6 and set(states(grown).values()) == {"finished"}
+    Path("other").mkdir()
+    (Path("other") / "file").write_text("mine")
+    refused = epo("sweep", "two.yaml", "--name", "other", "--sweeps", ".")
+    assert refused.code == 2 and "is no sweep" in refused.err
+
+
+def test_nothing_is_written_by_a_dry_run(epo: Callable[..., Any]) -> None:
+    result = epo("sweep", "two.yaml", "--dry-run")
+    assert result.code == 0 and all(run in result.out for run in RUNS) and "4 runs" in result.out
+    assert not Path("sweeps").exists()
+    too_many = epo("sweep", "two.yaml", "--parallel", "4096", "--dry-run")
+    assert too_many.code == 2 and "--parallel 4096" in too_many.err
