@@ -17,7 +17,7 @@ from epo.config import AgentConfig, Config
 from epo.environments.base import TaskSuite
 from epo.environments.pool import EnvPool, Transition
 from epo.errors import EnvironmentFailure, UserError
-from epo.files import cache_dir, write_atomically
+from epo.files import cache_dir, exclusive, write_atomically
 from epo.rollout import ContextFactory
 from epo.tasks import balanced_order
 from epo.types import Observation, StopReason, Task, Trajectory, Turn
@@ -44,8 +44,17 @@ def collect_demonstrations(
     tasks = balanced_order(suite.tasks("train"), seed=config.seed, balance=config.rollout.balance)
     tasks = tasks[: config.imitation.demonstrations]
     path = cache_dir() / "demonstrations" / f"{_digest(config, suite, tasks)}.json"
-    if path.is_file():
-        return _read(path)
+    if not path.is_file():
+        with exclusive(path):  # the runs of a sweep share demonstrations
+            if not path.is_file():
+                _play(path, suite, tasks, pool, on_done=on_done)
+    return _read(path)
+
+
+def _play(
+    path: Path, suite: TaskSuite, tasks: Sequence[Task], pool: EnvPool, *, on_done: Callable[[int, int], None] | None
+) -> None:
+    """Have the environments' experts play `tasks`, and leave what succeeded in the file `path`."""
     demonstrations: list[Demonstration] = []
     for task, played in zip(tasks, pool.demonstrate(tasks, on_done=on_done), strict=True):
         if isinstance(played, EnvironmentFailure):
@@ -62,7 +71,6 @@ def collect_demonstrations(
             "model directory as model.path"
         )
     write_atomically(path, json.dumps([asdict(d) for d in demonstrations], ensure_ascii=False))
-    return demonstrations
 
 
 def as_trajectory(

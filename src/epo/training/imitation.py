@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from epo.agent.prompts import prompt_source
 from epo.config import Config
 from epo.errors import UserError
-from epo.files import cache_dir, new_folder
+from epo.files import cache_dir, exclusive, new_folder
 from epo.models import resolve_model
 from epo.objectives import token_logprobs_and_entropy
 from epo.packing import pack
@@ -47,20 +48,32 @@ def warm_started_policy(
     """
     folder = cache_dir() / "imitation" / imitation_digest(config, demonstrations)
     if not folder.is_dir():
-        policy = _fresh_policy(config, demonstrations)
-        size = config.model.max_context
-        trajectories = [as_trajectory(d, policy.chat, config.agent, max_context=size) for d in demonstrations]
-        longest = max(_length(t) for t in trajectories)
-        if longest > config.model.max_context:
-            raise UserError(
-                f"a demonstration has {longest} tokens, more than model.max_context={config.model.max_context} holds: "
-                f"raise model.max_context to {longest} or more"
-            )
-        imitate(policy, trajectories, config, on_batch=on_batch)
-        with new_folder(folder) as draft:
-            policy.save(draft)
-        del policy  # before the next one is loaded
+        with exclusive(folder):  # the runs of a sweep share warm starts
+            if not folder.is_dir():
+                _make(folder, config, demonstrations, on_batch=on_batch)
     return load_policy(folder, config.model)
+
+
+def _make(
+    folder: Path,
+    config: Config,
+    demonstrations: Sequence[Demonstration],
+    *,
+    on_batch: Callable[[int, float], None] | None,
+) -> None:
+    """Learn from `demonstrations`, and leave the model in `folder`."""
+    policy = _fresh_policy(config, demonstrations)
+    size = config.model.max_context
+    trajectories = [as_trajectory(d, policy.chat, config.agent, max_context=size) for d in demonstrations]
+    longest = max(_length(t) for t in trajectories)
+    if longest > config.model.max_context:
+        raise UserError(
+            f"a demonstration has {longest} tokens, more than model.max_context={config.model.max_context} holds: "
+            f"raise model.max_context to {longest} or more"
+        )
+    imitate(policy, trajectories, config, on_batch=on_batch)
+    with new_folder(folder) as draft:
+        policy.save(draft)
 
 
 def imitation_digest(config: Config, demonstrations: Sequence[Demonstration]) -> str:
