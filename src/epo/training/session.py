@@ -27,8 +27,10 @@ from epo.environments.pool import EnvPool
 from epo.environments.registry import make_suite
 from epo.errors import UserError
 from epo.files import write_atomically
+from epo.reporting.page_builder import has_plotly
 from epo.reporting.plot import plot_run
 from epo.reporting.report import write_report
+from epo.reporting.run_reader import read_run
 from epo.reporting.tensorboard import TensorBoardLog
 from epo.sampling._vllm_engine import require_vllm
 from epo.training.checkpoint import checkpoints, read_state
@@ -134,7 +136,7 @@ def train_run(config: Config, path: Path, observer: Observer, *, resume: bool) -
             trainer.state.wall_seconds += time.perf_counter() - start_time
         with closing(trainer), _stop_after_step(trainer, observer), _tensorboard(run, trainer, observer):
             finished = trainer.train()
-    return _finish(run, config, trainer, finished=finished)
+    return _finish(run, config, trainer, observer, finished=finished)
 
 
 def provenance(suite: TaskSuite) -> dict[str, Any]:
@@ -228,7 +230,7 @@ def _stop_after_step(trainer: Trainer, observer: Observer) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _finish(run: RunFolder, config: Config, trainer: Trainer, *, finished: bool) -> dict[str, Any]:
+def _finish(run: RunFolder, config: Config, trainer: Trainer, observer: Observer, *, finished: bool) -> dict[str, Any]:
     evaluations, metrics = run.evaluations(), run.metrics()
     summary: dict[str, Any] = {
         "recipe": config.name,
@@ -239,13 +241,16 @@ def _finish(run: RunFolder, config: Config, trainer: Trainer, *, finished: bool)
         "eval": _panel_summary(evaluations),
         "run": str(run.path),
         "plot": str(run.path / "plot.svg"),
-        "report": str(run.path / "report.html"),
+        "report": str(run.path / "report.html") if has_plotly() else None,
     }
     plot_run(
         run.path / "plot.svg", title=f"{config.name}, seed {config.seed}", metrics=metrics, evaluations=evaluations
     )
-    write_report(run.path / "report.html", summary=summary, config=config, plot=run.path / "plot.svg", metrics=metrics)
     write_atomically(run.path / "summary.json", json.dumps(summary, indent=1))
+    if has_plotly():
+        write_report(run.path / "report.html", [read_run(run.path)])
+    else:
+        observer.note("no report: pip install -e '.[report]' to have one, then epo report " + str(run.path))
     return summary
 
 
