@@ -25,6 +25,7 @@ from epo.errors import UserError
 from epo.models.command import models_app
 from epo.models.hub import stay_offline_unless_asked
 from epo.recipe import load_config, recipe_names
+from epo.reporting import command as reporting_command
 
 if TYPE_CHECKING:
     from epo.evaluation.panels import PanelResult
@@ -275,6 +276,7 @@ def methods(
 
 
 app.add_typer(models_app, name="models")
+reporting_command.register(app)
 explain = typer.Typer(help="Show what a setting does before anything is trained.", no_args_is_help=True)
 app.add_typer(explain, name="explain")
 
@@ -384,6 +386,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
         )
     stdout.print(table)
     for key in ("run", "plot", "report"):
+        if summary[key] is None:
+            continue
         stdout.print(f"{key}: {summary[key]}", soft_wrap=True, highlight=False)
 
 
