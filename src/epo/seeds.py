@@ -14,3 +14,5 @@ SHUFFLE_STREAM = 3
 """Dealing task groups into mini-batches."""
 CONTROL_STREAM = 4
 """What an entropy control draws for a mini-batch."""
+HEALTH_STREAM = 5
+"""Which responses of a step are scored under other prompts."""

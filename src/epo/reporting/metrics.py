@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from epo.packing import extends
-from epo.types import StopReason, Trajectory, TrajectoryGroup
+from epo.types import StopReason, Trajectory, TrajectoryGroup, Turn
 
 
 def rollout_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
@@ -20,12 +20,16 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
     count = max(1, len(trajectories))
     metrics = {
         "reward/mean": sum(t.total_reward for t in trajectories) / count,
+        "reward/std": reward_std(groups),
         "success/train": sum(t.success for t in trajectories) / count,
         "score/train": sum(t.score for t in trajectories) / count,
         "turns/mean": len(turns) / count,
         "turns/invalid": sum(not turn.is_valid for turn in turns) / max(1, len(turns)),
         "turns/not_understood": sum(not turn.understood for turn in turns) / max(1, len(turns)),
+        "turns/repeated": _repeated_turns(trajectories),
         "response/tokens": sum(len(turn.response_ids) for turn in turns) / max(1, len(turns)),
+        "response/tokens_max": float(max((len(turn.response_ids) for turn in turns), default=0)),
+        "response/repetition": _repetition(turns),
         "groups/all_equal": _all_equal(groups),
         "episodes": float(len(trajectories)),
         "episodes/restarts": float(sum(t.restarts for t in trajectories)),
@@ -67,6 +71,37 @@ def entropy_oscillation(entropy_by_step: Sequence[float], *, window: int = 10) -
     recent = list(entropy_by_step[-window - 1 :])
     changes = [b - a for a, b in pairwise(recent)]
     return statistics.pstdev(changes) if len(changes) >= 2 else 0.0
+
+
+def reward_std(groups: Sequence[TrajectoryGroup]) -> float:
+    """Standard deviation of the rewards that are trained on: inside a task group, mean over the groups of two or more;
+    over the whole step where there are none. 0 where there is nothing to compare."""
+    rewards = [[t.total_reward for t in group.survivors] for group in groups]
+    compared = [group for group in rewards if len(group) >= 2] or [[reward for group in rewards for reward in group]]
+    return statistics.fmean(statistics.pstdev(group) if group else 0.0 for group in compared)
+
+
+def repetition(token_ids: Sequence[int], *, size: int = 4) -> float:
+    """Share of the n-grams of a text that occurred in it before: 1 - distinct / all. Known as seq-rep-4.
+
+    Welleck et al., Neural Text Generation with Unlikelihood Training, arXiv 1908.04319. 0 for a text without n-grams.
+    """
+    ids = [int(i) for i in token_ids]
+    grams = list(zip(*(ids[k:] for k in range(size)), strict=False))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _repetition(turns: Sequence[Turn], *, size: int = 4) -> float:
+    """Mean over the responses that are long enough to repeat one n-gram."""
+    found = [repetition(turn.response_ids.tolist()) for turn in turns if len(turn.response_ids) > size]
+    return statistics.fmean(found) if found else 0.0
+
+
+def _repeated_turns(trajectories: Sequence[Trajectory]) -> float:
+    """Share of turns after the first that try the action before again, although it left the observation as it was."""
+    pairs = [pair for t in trajectories for pair in pairwise(t.turns)]
+    again = sum(a.action == b.action and a.observation == b.observation for a, b in pairs)
+    return again / max(1, len(pairs))
 
 
 def _segments(trajectory: Trajectory) -> int:

@@ -12,13 +12,14 @@ PHASES = (
     "old_logprobs",
     "values",
     "reference",
+    "health",
     "update",
     "other",
 )
 """They add up to the step."""
 UPDATE_PARTS = ("forward", "backward", "optimizer")
 """They add up to `update`."""
-_LABELS = {"sampling_rest": "sampling, rest", "old_logprobs": "old log-probs"}
+_LABELS = {"sampling_rest": "sampling, rest", "old_logprobs": "old log-probs", "health": "mutual information"}
 
 
 def time_metrics(

@@ -30,8 +30,13 @@ FORMAT = 1
 _NAME = re.compile(r"step_(\d{6,})")
 
 
-def save_checkpoint(folder: Path, learner: Learner, *, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write `folder/step_<step>` atomically, then drop all but the newest `keep`. `step` counts finished RL steps."""
+def save_checkpoint(
+    folder: Path, learner: Learner, *, step: int, state: dict[str, Any], keep: int, protect: int | None = None
+) -> Path:
+    """Write `folder/step_<step>` atomically, then drop all but the newest `keep` and that of step `protect`.
+
+    `step` counts finished RL steps.
+    """
     path = folder / f"step_{step:06d}"
     with new_folder(path) as draft:
         learner.policy.save(draft / "policy")
@@ -48,7 +53,8 @@ def save_checkpoint(folder: Path, learner: Learner, *, step: int, state: dict[st
         }
         write_atomically(draft / "state.json", json.dumps(content, indent=1))
     for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        if step_of(old) != protect:
+            shutil.rmtree(old)
     return path
 
 
@@ -56,7 +62,12 @@ def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), key=lambda p: int(p.name[5:]))
+    return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The finished RL steps of a checkpoint, from its name."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from epo.packing import pack
 from epo.seeds import CONTROL_STREAM, SHUFFLE_STREAM
 from epo.training.batch import MicroBatch, TokenData, flatten
 from epo.training.credit import critic_free_advantages, kept_groups, ppo_advantages
+from epo.training.input_dependence import dependence_metrics
 from epo.training.passes import Passes
 from epo.training.policy import Critic, Policy
 from epo.training.rescoring import mismatch_metrics, rescored, truncated_importance_weights, weight_metrics
@@ -93,6 +94,13 @@ class Learner:
             return groups
         with self.stopwatch("old_logprobs"):
             return rescored(groups, self.policy, self._passes)
+
+    def input_dependence(self, groups: Sequence[TrajectoryGroup], *, step: int) -> dict[str, float]:
+        """How much responses depend on prompts, as `health.prompts` asks for it; to be called like `rescore`."""
+        if self.config.health.prompts == 0:
+            return {}
+        with self.stopwatch("health"):
+            return dependence_metrics(groups, self.policy, self._passes, self.config, step=step)
 
     def update(self, groups: Sequence[TrajectoryGroup], *, step: int) -> dict[str, float]:
         """Train on the survivors of the task groups that the filter keeps; returns metrics, and notes the advantage and
@@ -346,6 +354,8 @@ class Learner:
             # A step whose returns are all equal has nothing to explain.
             metrics["value/explained_variance"] = (1 - unexplained / variance).item() if variance > 0 else 0.0
             metrics["value/mean"] = data.values_N.mean().item()
+            metrics["value/std"] = data.values_N.std(correction=0).item()
+            metrics["value/returns_std"] = math.sqrt(variance.item())
         return metrics
 
 

@@ -47,7 +47,7 @@ _OF_THE_MACHINE = (
     ("sampler", "max_weight_error"),
 )
 """How many workers play and what an engine is granted: the machine's business, not the experiment's."""
-_TO_LOOK_AT = ("record",)
+_TO_LOOK_AT = ("record", "health")
 """Sections that say what is kept and shown. Like the above, they may change when a run goes on."""
 
 
@@ -136,6 +136,8 @@ def train_run(config: Config, path: Path, observer: Observer, *, resume: bool) -
             trainer.state.wall_seconds += time.perf_counter() - start_time
         with closing(trainer), _stop_after_step(trainer, observer), _tensorboard(run, trainer, observer):
             finished = trainer.train()
+        for line in () if trainer.halt is None else trainer.halt.message(run.path):
+            observer.note(line)
     return _finish(run, config, trainer, observer, finished=finished)
 
 
@@ -236,6 +238,7 @@ def _finish(run: RunFolder, config: Config, trainer: Trainer, observer: Observer
         "recipe": config.name,
         "seed": config.seed,
         "finished": finished,
+        "halted": None if trainer.halt is None else trainer.halt.as_dict(),
         "steps": trainer.state.step,
         "wall_seconds": round(trainer.state.wall_seconds, 1),
         "eval": _panel_summary(evaluations),

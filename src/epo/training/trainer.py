@@ -22,6 +22,7 @@ from epo.environments.pool import EnvPool
 from epo.errors import UserError
 from epo.evaluation.panels import PanelResult, evaluate
 from epo.objectives import make_control
+from epo.reporting.health import Health
 from epo.reporting.metrics import entropy_oscillation, rollout_metrics
 from epo.reporting.timetable import time_metrics
 from epo.rollout import EpisodeSpec, RolloutCollector
@@ -29,7 +30,8 @@ from epo.sampling.base import Sampler
 from epo.sampling.local import LocalSampler
 from epo.seeds import TRAINING_STREAM
 from epo.tasks import Curriculum, panel
-from epo.training.checkpoint import load_checkpoint, save_checkpoint
+from epo.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint, step_of
+from epo.training.halting import Halt
 from epo.training.learner import Learner
 from epo.training.policy import Policy
 from epo.training.run_folder import RunFolder
@@ -114,6 +116,9 @@ class Trainer:
         digest = None if reference is None else reference.digest()
         self.state = TrainerState(reference=digest)
         self.stop_requested = False
+        self.halt: Halt | None = None
+        """Set when an alarm of `health.halt` ended the run."""
+        self.health = Health(config.health)
         self.log: MetricsLog | None = None
         if resume_from is not None:
             self.state = TrainerState(**load_checkpoint(resume_from, self.learner))
@@ -122,6 +127,8 @@ class Trainer:
                     "the model that the KL loss refers to is no longer the one this run started from: put the model "
                     "directory and the packages back as they were, or start a new run with another --name"
                 )
+            for metrics in run.metrics()[: self.state.step]:
+                self.health.observe(metrics)
         for warning in self.control.warnings():
             observer.note(f"{config.entropy.method}: {warning}")
 
@@ -130,7 +137,8 @@ class Trainer:
         self.sampler.close()
 
     def train(self) -> bool:
-        """Run to the last step; False when `stop_requested` ended it early, after a checkpoint."""
+        """Run to the last step; False when it ended early: on `stop_requested` after a checkpoint, or when an alarm
+        of `health.halt` was on, without one."""
         config, total = self.config, self.config.steps
         if not self.state.evaluations:
             self.evaluate()
@@ -141,11 +149,14 @@ class Trainer:
             groups = self.collect(self.state.step)
             rollout_seconds = time.perf_counter() - start
             groups = self.learner.rescore(groups)
-            metrics = self.learner.update(groups, step=self.state.step)
+            metrics = self.learner.input_dependence(groups, step=self.state.step)
+            metrics |= self.learner.update(groups, step=self.state.step)
             step_seconds = time.perf_counter() - start
             self.state.step += 1
             self.state.wall_seconds += step_seconds
             self.record(groups, metrics, rollout_seconds=rollout_seconds, step_seconds=step_seconds)
+            if self.halt is not None:
+                return False
             last = self.state.step == total
             if last or (config.evaluation.every and self.state.step % config.evaluation.every == 0):
                 self.evaluate()
@@ -198,10 +209,18 @@ class Trainer:
             sampling_seconds=timing.sampling,
         )
         metrics |= {"tokens/sampled": float(tokens), "tokens/per_second": tokens / step_seconds}
+        verdict = self.health.observe(metrics)
+        metrics |= verdict.metrics()
         self.run.add_step(self.state.step, metrics, groups)
         if self.log is not None:
             self.log.step(self.state.step, metrics)
         self.observer.step(self.state.step, metrics)
+        for note in verdict.notes():
+            self.observer.note(note)
+        if alarms := tuple(name for name in verdict.active if name in self.config.health.halt):
+            saved = {step_of(path): path for path in checkpoints(self.run.checkpoints)}
+            good = self.health.last_good(saved, alarms=self.config.health.halt)
+            self.halt = Halt(verdict=verdict, alarms=alarms, last_good=None if good is None else saved[good])
 
     def evaluate(self) -> list[PanelResult]:
         """Play the fixed panels; the whole ones before and after training, their first episodes in between."""
@@ -231,10 +250,17 @@ class Trainer:
         return results
 
     def save(self) -> None:
-        """Write a checkpoint from which the run goes on exactly."""
+        """Write a checkpoint from which the run goes on exactly. The last good one is never dropped: the newest that no
+        alarm speaks against (of `health.halt`, where it names any)."""
         state = {name: getattr(self.state, name) for name in TrainerState.__dataclass_fields__}
+        steps = [*map(step_of, checkpoints(self.run.checkpoints)), self.state.step]
         save_checkpoint(
-            self.run.checkpoints, self.learner, step=self.state.step, state=state, keep=self.config.checkpoint.keep
+            self.run.checkpoints,
+            self.learner,
+            step=self.state.step,
+            state=state,
+            keep=self.config.checkpoint.keep,
+            protect=self.health.last_good(steps, alarms=self.config.health.halt),
         )
 
 
