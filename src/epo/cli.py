@@ -25,7 +25,9 @@ from epo.errors import UserError
 from epo.models.command import models_app
 from epo.models.hub import stay_offline_unless_asked
 from epo.recipe import load_config, recipe_names
+from epo.reporting import show_command
 from epo.reporting import command as reporting_command
+from epo.sweep import command as sweep_command
 
 if TYPE_CHECKING:
     from epo.evaluation.panels import PanelResult
@@ -41,6 +43,7 @@ stdout = Console()
 stderr = Console(stderr=True)
 
 INTERRUPTED = 130
+HALTED = 1
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as `seed=1`.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
@@ -80,6 +83,7 @@ def train(
     """Train an agent: imitation warm start, RL, evaluation before, during and after.
 
     Ctrl-C ends the run after the current step with a checkpoint (exit code 130); `--resume` goes on from there.
+    An alarm that `health.halt` names ends it without one (exit code 1).
     """
     config = load_config(recipe, overrides or ())
     if dry_run:
@@ -100,6 +104,8 @@ def train(
         _print_json(summary)
     else:
         _print_summary(summary)
+    if summary["halted"]:
+        raise typer.Exit(HALTED)
     if not summary["finished"]:
         raise typer.Exit(INTERRUPTED)
 
@@ -276,7 +282,9 @@ def methods(
 
 
 app.add_typer(models_app, name="models")
+show_command.register(app)
 reporting_command.register(app)
+sweep_command.register(app)
 explain = typer.Typer(help="Show what a setting does before anything is trained.", no_args_is_help=True)
 app.add_typer(explain, name="explain")
 
@@ -371,7 +379,7 @@ def _print_panels(results: Sequence[PanelResult]) -> None:
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
-    state = "finished" if summary["finished"] else "stopped; --resume goes on"
+    state = "finished" if summary["finished"] else "halted" if summary["halted"] else "stopped; --resume goes on"
     stdout.print(f"\n{summary['recipe']}, seed {summary['seed']}: {summary['steps']} steps, {state}", highlight=False)
     table = Table("panel", "before RL", "95 % interval", "at the end", "95 % interval", "episodes")
     for split, panel in summary["eval"].items():

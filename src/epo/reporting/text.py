@@ -65,7 +65,5 @@ def _code(character: str) -> str:
 
 _TABLE = _Table()
 # Python's `re` knows no categories; these are the blocks of combining marks, which is what piles up.
-_STACK = re.compile(
-    "([\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f]{%d})"
-    "([\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f]+)" % _MARKS
-)
+_MARK = "[\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f]"
+_STACK = re.compile(f"({_MARK}{{{_MARKS}}})({_MARK}+)")
