@@ -69,7 +69,7 @@
     const advantage = V.value(turn, i, "advantage");
     const trained = reason === null ? (advantage === 0 ? "yes, with weight 0" : "yes") : reason.replace(/^not trained on/, "no");
     return [
-      el("p", { class: "card-head" }, tokenText(V.pieceOf(step.vocabulary, id)), el("span", { class: "note" }, ` token ${i + 1} of ${turn.response_ids.length}, turn ${k + 1}`)),
+      el("p", { class: "token-card-head" }, tokenText(V.pieceOf(step.vocabulary, id)), el("span", { class: "note" }, ` token ${i + 1} of ${turn.response_ids.length}, turn ${k + 1}`)),
       el(
         "dl",
         {},
@@ -87,7 +87,7 @@
 
   // A card for the tokens inside `container`. `stepOf()` gives {vocabulary, records, filter} of what is shown.
   function tokenCard(container, stepOf) {
-    const card = EPO.el("div", { class: "card", role: "tooltip", id: "token-card", hidden: "" });
+    const card = EPO.el("div", { class: "token-card", role: "tooltip", id: "token-card", hidden: "" });
     let shown = null;
 
     const tokenOf = (target) => (target instanceof Element ? target.closest(".tok") : null);

@@ -46,7 +46,6 @@
           el("b", {}, `${m + 1}`),
           el("span", { class: record.success ? "good" : "bad" }, outcomeWords(record)),
           typeof record.reward === "number" ? el("span", {}, `reward ${V.signed(record.reward)}`) : "",
-          el("span", {}, `${record.turns.length} turns`),
           button,
         ),
       );

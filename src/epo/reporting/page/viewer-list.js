@@ -37,6 +37,9 @@
     select.value = [...select.options].some((option) => option.value === kept) ? kept : "";
   }
 
+  // What a list shows of trajectory n; null where an old run does not say.
+  const cell = (index, name, n) => index[name]?.[n] ?? null;
+
   // open(step, row) is called when a trajectory is chosen. Returns {element, update, show, neighbour}.
   function trajectoryList(runOf, runIndexOf, open) {
     const el = EPO.el;
@@ -116,15 +119,15 @@
       const steps = controls.embedded.checked ? embeddedSteps() : null;
       const texts = new Map(); // a task's lower-case text, made once
       const textOf = (n) => {
-        const task = String(index.task[n]);
-        if (!texts.has(task)) texts.set(task, `${task} ${index.goal ? index.goal[n] : ""}`.toLowerCase());
+        const task = String(cell(index, "task", n));
+        if (!texts.has(task)) texts.set(task, `${task} ${cell(index, "goal", n)}`.toLowerCase());
         return texts.get(task);
       };
       return (n) =>
-        (outcome.value === "" || Boolean(index.success[n]) === (outcome.value === "1")) &&
-        (stop.value === "" || String(index.stop_reason[n]) === stop.value) &&
-        (goal.value === "" || String(index.goal[n]) === goal.value) &&
-        (!invalid.checked || index.invalid[n] > 0) &&
+        (outcome.value === "" || Boolean(cell(index, "success", n)) === (outcome.value === "1")) &&
+        (stop.value === "" || String(cell(index, "stop_reason", n)) === stop.value) &&
+        (goal.value === "" || String(cell(index, "goal", n)) === goal.value) &&
+        (!invalid.checked || cell(index, "invalid", n) > 0) &&
         index.step[n] >= from &&
         index.step[n] <= to &&
         (steps === null || steps.has(index.step[n])) &&
@@ -142,7 +145,7 @@
       const accept = accepts();
       const matches = [];
       for (let n = 0; n < index.step.length; n++) if (accept(n)) matches.push(n);
-      const column = index[state.sort];
+      const column = index[state.sort] || [];
       const sign = state.ascending ? 1 : -1;
       // What has no value comes last, whatever the direction.
       const order = (a, b) => {
@@ -219,10 +222,10 @@
       const n = state.matches[place];
       const embedded = embeddedSteps();
       const isClosed = embedded !== null && !embedded.has(index.step[n]);
-      const success = Boolean(index.success[n]);
-      const entropy = index.entropy ? index.entropy[n] : null;
-      const details = [stopWords(index.stop_reason[n])];
-      if (index.invalid[n]) details.push(`${index.invalid[n]} invalid`);
+      const show = (name) => cell(index, name, n);
+      const success = Boolean(show("success"));
+      const details = [stopWords(show("stop_reason"))];
+      if (show("invalid")) details.push(`${show("invalid")} invalid`);
       if (isClosed) details.push("not embedded");
       const row = el(
         "div",
@@ -235,11 +238,11 @@
         },
         el("span", { class: "c-step" }, String(index.step[n])),
         el("span", { class: success ? "c-mark good" : "c-mark bad", title: success ? "success" : "failure" }, success ? "✓" : "✗"),
-        el("span", { class: "c-task" }, EPO.visible(String(index.task[n]).slice(0, 200))),
+        el("span", { class: "c-task" }, EPO.visible(String(show("task")).slice(0, 200))),
         el("span", { class: "c-detail" }, details.join(" · ")),
-        el("span", { class: "c-reward" }, V.number(index.reward[n], 2)),
-        el("span", { class: "c-turns" }, String(index.turns[n])),
-        el("span", { class: "c-entropy" }, el("i", { class: V.levelClass("entropy", entropy ?? null) }), V.number(entropy, 2)),
+        el("span", { class: "c-reward" }, V.fixed(show("reward"))),
+        el("span", { class: "c-turns" }, V.number(show("turns"))),
+        el("span", { class: "c-entropy" }, el("i", { class: V.levelClass("entropy", show("entropy")) }), V.fixed(show("entropy"))),
       );
       row.style.top = `${place * ROW}px`;
       row.addEventListener("click", () => choose(place));
@@ -301,7 +304,8 @@
           state.found = new Set(hits.map(({ step, row }) => `${step}/${row}`));
           state.foundText = text;
           const many = hits.length === 1 ? "1 trajectory has" : `${hits.length.toLocaleString("en")} trajectories have`;
-          searchNote.textContent = `${many} “${EPO.visible(text.slice(0, 80))}”${embeddedSteps() ? ", of those whose texts this report holds" : ""}.`;
+          const part = hits.complete ? "" : embeddedSteps() ? ", of those whose texts this report holds" : "; the search ended there";
+          searchNote.textContent = `${many} “${EPO.visible(text.slice(0, 80))}”${part}.`;
         } catch (error) {
           if (mine !== search) return;
           searchNote.textContent = EPO.visible(String(error.message || error));
@@ -343,7 +347,9 @@
     function show(step, row) {
       state.open = { step, row };
       state.active = state.matches.indexOf(find(step, row));
-      if (state.active >= 0) reveal(state.active);
+      const top = state.active * ROW;
+      const isInSight = top >= box.scrollTop && top + ROW <= box.scrollTop + box.clientHeight;
+      if (state.active >= 0 && !isInSight) box.scrollTop = top - box.clientHeight / 2;
       draw();
     }
 

@@ -24,6 +24,7 @@
     },
     logprob: {
       title: "Log-probability",
+      short: "Log-prob",
       field: "logprobs",
       unit: "nats",
       diverging: false,
@@ -31,7 +32,7 @@
       ends: ["", "and less"],
       position: (x) => -x / 5,
       weight: (x) => -x,
-      definition: "How likely the token was under the policy that drew it: 0 is certain, -5 is 0.7 %.",
+      definition: "How likely the token was under the policy that drew it: 0 is certain, −5 is 0.7 %.",
     },
     advantage: {
       title: "Advantage",
@@ -58,14 +59,9 @@
     },
   };
 
-  function number(x, digits = 3) {
-    if (x === null || x === undefined) return "–";
-    if (Number.isInteger(x)) return String(x);
-    const size = Math.abs(x);
-    if (size !== 0 && (size < 10 ** -digits || size >= 1e6)) return x.toExponential(1);
-    return x.toFixed(size >= 100 ? 1 : digits).replace(/(\.\d*?)0+$/, "$1").replace(/\.$/, "");
-  }
-
+  const number = (x, digits = 3) => (typeof x === "number" ? EPO.format.plain(x, digits) : "–");
+  // For columns of numbers that stand below each other.
+  const fixed = (x) => (typeof x === "number" ? x.toFixed(2).replace("-", "−") : "–");
   const signed = (x) => (x > 0 ? "+" : "") + number(x);
 
   function percent(p) {
@@ -99,7 +95,7 @@
   function extremeFrom(record, name) {
     const weights = [];
     for (const turn of record.turns) {
-      for (let i = 0; i < (turn.response_ids || []).length; i++) {
+      for (let i = 0; i < turn.response_ids.length; i++) {
         const x = value(turn, i, name);
         if (x !== null) weights.push(MEASURES[name].weight(x));
       }
@@ -136,5 +132,5 @@
     );
   }
 
-  EPO.viewer = { MEASURES, number, signed, percent, value, levelClass, isRecorded, extremeFrom, legend };
+  EPO.viewer = { MEASURES, number, fixed, signed, percent, value, levelClass, isRecorded, extremeFrom, legend };
 })();

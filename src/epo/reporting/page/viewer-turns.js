@@ -15,6 +15,27 @@
   // token element -> {record, row, turn, i}
   const places = new WeakMap();
 
+  // A record with the kinds of values that this viewer counts on, whatever version or damage it is of. A field that is not
+  // there stays undefined.
+  function wellFormed(record, step) {
+    const text = (x) => (typeof x === "string" ? x : x === undefined || x === null ? "" : JSON.stringify(x));
+    const list = (x) => (Array.isArray(x) ? x : undefined);
+    const turns = (list(record.turns) || []).map((turn) => ({
+      ...turn,
+      observation: text(turn.observation),
+      response: text(turn.response),
+      action: text(turn.action),
+      response_ids: (list(turn.response_ids) || []).filter((id) => Number.isInteger(id)),
+      entropy: list(turn.entropy),
+      logprobs: list(turn.logprobs),
+      advantages: list(turn.advantages),
+      ratios: list(turn.ratios),
+      alternatives: list(turn.alternatives),
+    }));
+    const { task, goal, stop_reason: reason } = record;
+    return { ...record, step, turns, task: text(task) || "unknown task", goal: text(goal), stop_reason: text(reason) || "unknown" };
+  }
+
   // Appends `text` so that whitespace and what is invisible can be seen. The signs of whitespace are drawn by the style
   // sheet: who selects and copies gets the whitespace itself.
   function appendText(parent, text, { every = false, found = "" } = {}) {
@@ -124,7 +145,7 @@
   }
 
   function responseTokens(record, row, k, vocabulary, view) {
-    const ids = record.turns[k].response_ids || [];
+    const ids = record.turns[k].response_ids;
     const box = EPO.el("div", { class: "tokens", role: "group", "aria-label": `Response of turn ${k + 1}, by token` });
     const limit = view.foldTokens || FOLD_TOKENS;
     const fill = (isWhole) => {
@@ -141,7 +162,7 @@
     const isNamed = ids.length > 0 && ids.every((id) => Object.hasOwn(vocabulary, id));
     if (!isNamed || longest !== undefined) {
       parts.push(EPO.el("p", { class: "role" }, ids.length ? "as text" : "as text; its tokens were not recorded"));
-      parts.push(foldable(record.turns[k].response || "", { found: view.found }));
+      parts.push(foldable(record.turns[k].response, { found: view.found }));
     }
     return parts;
   }
@@ -171,7 +192,7 @@
     const turn = record.turns[k];
     const reason = untrainedReason(record, turn, step);
     const trainedClass = reason === null ? "is-trained" : record.trained === undefined ? "" : "is-untrained";
-    const count = (turn.response_ids || []).length;
+    const count = turn.response_ids.length;
     const head = el("header", {}, el("h4", {}, `Turn ${k + 1}`));
     if (typeof turn.prompt_tokens === "number") head.append(el("span", {}, `prompt ${turn.prompt_tokens} tokens`));
     if (turn.dropped_turns) {
@@ -186,7 +207,7 @@
     responseRole.append(el("span", { class: "flag mask" }, reason === null ? "trained" : reason));
 
     const outcome = el("div", { class: "outcome" });
-    const action = el("div", { class: "action" }, foldable(turn.action || "", { limit: 500, found: view.found }));
+    const action = el("div", { class: "action" }, foldable(turn.action, { limit: 500, found: view.found }));
     outcome.append(el("span", { class: "label" }, "action"), action);
     if (typeof turn.reward === "number") outcome.append(el("span", {}, `reward ${V.signed(turn.reward)}`));
     if (typeof turn.score === "number") outcome.append(el("span", {}, `score ${V.number(turn.score)}`));
@@ -201,7 +222,7 @@
         "div",
         { class: "observation" },
         el("p", { class: "role" }, el("b", {}, "observation"), " ", el("span", { class: "flag mask" }, "context, not trained")),
-        foldable(turn.observation || "", { found: view.found, limit: view.foldCharacters }),
+        foldable(turn.observation, { found: view.found, limit: view.foldCharacters }),
       ),
       el("div", { class: "response" }, responseRole, ...responseTokens(record, row, k, step.vocabulary, view), outcome),
     );
@@ -210,7 +231,7 @@
   // Mean entropy of every turn as bars; click or Enter goes to the turn.
   function strip(record, goTo) {
     const el = EPO.el;
-    const box = el("div", { class: "strip", role: "toolbar", "aria-label": "Mean entropy of every turn; choose one to go there" });
+    const box = el("div", { class: "strip", role: "toolbar", "aria-label": "Mean entropy by turn; choose one to go there" });
     record.turns.forEach((turn, k) => {
       const mean = meanEntropy(turn);
       const words = `Turn ${k + 1}: ${mean === null ? "no tokens" : `mean entropy ${V.number(mean)} nats`}`;
@@ -231,8 +252,8 @@
       buttons.forEach((button) => (button.tabIndex = button === to ? 0 : -1));
       to.focus();
     });
-    return box;
+    return el("div", {}, el("p", { class: "note" }, "Mean entropy by turn; choose one to go there"), box);
   }
 
-  Object.assign(V, { places, appendText, foldable, pieceOf, repaint, turnElement, untrainedReason, meanEntropy, strip });
+  Object.assign(V, { wellFormed, places, appendText, foldable, pieceOf, repaint, turnElement, untrainedReason, meanEntropy, strip });
 })();

@@ -19,15 +19,16 @@
   }
 
   function paramsOf(state) {
-    const { run, step, row, compare, view } = state;
-    return { run, step, row, colour: view.colour === "entropy" ? null : view.colour, compare: compare ? "1" : null };
+    const { run, step, row, colour, compare } = state;
+    return { run, step, row, colour: colour === "entropy" ? null : colour, compare: compare ? "1" : null };
   }
 
   // ---- the tab
 
   function render(container) {
     const el = EPO.el;
-    const state = { run: 0, step: null, row: null, compare: false, loaded: null, request: 0, failure: null };
+    const state = { run: 0, step: null, row: null, colour: "entropy", compare: false, loaded: null, request: 0 };
+    // As shown: the colour that was chosen, or entropy where a trajectory has no such numbers.
     state.view = { colour: "entropy", numbers: false, extremeFrom: new Map(), found: "" };
     const run = () => EPO.page.runs[state.run];
 
@@ -45,6 +46,7 @@
     };
     const before = el("button", { type: "button", "aria-label": "Previous in the list", title: "Previous in the list" }, "‹");
     const after = el("button", { type: "button", "aria-label": "Next in the list", title: "Next in the list" }, "›");
+    const listButton = el("button", { type: "button", class: "list-button", "aria-pressed": "true" }, "List");
     const picker = el(
       "div",
       { class: "picker" },
@@ -52,13 +54,20 @@
       labelled("Step", pick.step),
       labelled("Task", pick.task),
       labelled("Trajectory", pick.row),
-      el("span", { class: "walk" }, before, after),
+      el("span", { class: "walk" }, listButton, before, after),
     );
     const reader = el("div", { class: "reader-body" });
     const { card, hide } = V.tokenCard(reader, () => state.loaded);
     const right = el("section", { class: "viewer-reader", "aria-label": "Trajectory" }, picker, reader);
     const root = el("div", { class: "viewer" }, list.element, right, card);
     container.append(root);
+
+    // A group side by side takes the room of the list.
+    function showList(isOn) {
+      root.classList.toggle("without-list", !isOn);
+      listButton.setAttribute("aria-pressed", String(isOn));
+    }
+    listButton.addEventListener("click", () => showList(root.classList.contains("without-list")));
 
     function labelled(label, control) {
       return el("label", { class: "field" }, el("span", {}, label), control);
@@ -83,7 +92,8 @@
           const { vocabulary, trajectories } = await EPO.source.trajectories(state.run, step);
           if (mine !== state.request) return;
           const filter = run().config?.algorithm?.filter;
-          state.loaded = { run: state.run, step, vocabulary: vocabulary || {}, records: trajectories, filter };
+          state.loaded = { run: state.run, step, vocabulary: vocabulary || {}, raw: trajectories, filter };
+          state.loaded.records = trajectories.map((record) => V.wellFormed(record, step));
           state.view.extremeFrom = new Map();
         } catch (error) {
           if (mine !== state.request) return;
@@ -111,6 +121,7 @@
         const command = `epo watch ${run().path}`;
         parts.push(
           el("p", {}, `This report does not hold the texts of step ${step}${embedded.length ? `; it holds those of the steps ${shortList(embedded)}` : ""}.`),
+          run().embedded_note ? el("p", {}, EPO.visible(run().embedded_note)) : "",
           el("p", {}, "To read every step:"),
           el("p", { class: "command" }, el("code", {}, EPO.visible(command)), V.copyButton("Copy", "Copy the command", () => EPO.visible(command))),
         );
@@ -156,8 +167,7 @@
     function fillPicker() {
       const { runs } = EPO.page;
       const index = run().index;
-      const name = (r, k) => EPO.visible(r.label && runs.length > 1 ? `${r.name}: ${r.label}` : r.name || `run ${k}`);
-      options(pick.run, runs.map((r, k) => [k, name(r, k)]), state.run);
+      options(pick.run, runs.map((_, k) => [k, EPO.visible(EPO.runLabel(k))]), state.run);
       const embedded = run().embedded_steps;
       const held = Array.isArray(embedded) ? new Set(embedded) : null;
       const steps = [...new Set(index.step)].sort((a, b) => a - b);
@@ -215,6 +225,8 @@
       }
       const group = members();
       if (group.length < 2) state.compare = false;
+      if (state.compare !== root.classList.contains("comparing")) showList(!state.compare);
+      root.classList.toggle("comparing", state.compare);
       chooseRecordedColour(state.compare ? group.map((m) => m.record) : [record]);
       const body = el("div", { class: "turns" });
       reader.replaceChildren(summary(record, group), viewControls(record, group, body), body);
@@ -243,12 +255,12 @@
     }
 
     function chooseRecordedColour(records) {
-      if (!records.some((r) => V.isRecorded(r, state.view.colour))) state.view.colour = "entropy";
+      state.view.colour = records.some((r) => V.isRecorded(r, state.colour)) ? state.colour : "entropy";
     }
 
     function summary(record, group) {
       const place = group.findIndex(({ row }) => row === state.row);
-      const tokens = record.turns.reduce((sum, turn) => sum + (turn.response_ids || []).length, 0);
+      const tokens = record.turns.reduce((sum, turn) => sum + turn.response_ids.length, 0);
       const facts = [
         [record.success ? "good" : "bad", `${record.success ? "✓ success" : "✗ failure"}`],
         ["", `stopped by: ${V.stopWords(record.stop_reason)}`],
@@ -276,10 +288,25 @@
           { class: "copies" },
           V.copyButton("Copy text", "The turns as plain text; control characters made visible", () => V.transcript(record)),
           V.copyButton("Copy actions", "The actions as a JSON list, to replay them", () => V.asciiJson(record.turns.map((turn) => turn.action))),
-          V.copyButton("Copy JSON", "The whole record", () => V.asciiJson(record)),
+          V.copyButton("Copy JSON", "The whole record", () => V.asciiJson(state.loaded.raw[state.row])),
+          compareButton(group),
         ),
       );
       return box;
+    }
+
+    function compareButton(group) {
+      const button = el("button", { type: "button", class: "compare-button", "aria-pressed": String(state.compare) });
+      button.textContent = state.compare ? "Read one" : `Compare the group (${group.length})`;
+      button.disabled = group.length < 2;
+      if (group.length < 2) button.title = "This task was played once in this step";
+      button.addEventListener("click", () => {
+        state.compare = !state.compare;
+        remember();
+        showReader();
+        reader.querySelector(".compare-button").focus();
+      });
+      return button;
     }
 
     function viewControls(record, group, body) {
@@ -293,13 +320,13 @@
         const isRecorded = shown.some((r) => V.isRecorded(r, name));
         radio.disabled = !isRecorded;
         radio.addEventListener("change", () => {
-          state.view.colour = name;
+          state.colour = state.view.colour = name;
           for (const { record: r } of group) state.view.extremeFrom.set(r, V.extremeFrom(r, name));
           remember({ replace: true });
           showLegend();
           V.repaint(body, state.view);
         });
-        const label = el("label", isRecorded ? {} : { title: "Not recorded for this trajectory" }, radio, el("span", {}, measure.title));
+        const label = el("label", isRecorded ? {} : { title: "Not recorded for this trajectory" }, radio, el("span", {}, measure.short || measure.title));
         colours.append(label);
       }
       showLegend();
@@ -323,17 +350,7 @@
         }),
         toggle("Loss mask", "Trained tokens stand out, all that was only read stands back", root.classList.contains("show-mask"), mark("show-mask")),
       );
-      const compare = el("button", { type: "button", class: "compare-button", "aria-pressed": String(state.compare) });
-      compare.textContent = state.compare ? "Read one" : `Compare the group (${group.length})`;
-      compare.disabled = group.length < 2;
-      if (group.length < 2) compare.title = "This task was played once in this step";
-      compare.addEventListener("click", () => {
-        state.compare = !state.compare;
-        remember();
-        showReader();
-        reader.querySelector(".compare-button").focus();
-      });
-      return el("div", { class: "view-controls" }, el("div", { class: "view-line" }, colours, switches, compare), legend);
+      return el("div", { class: "view-controls" }, el("div", { class: "view-line" }, colours, switches), legend);
     }
 
     // ---- coming and going
@@ -358,8 +375,8 @@
       if (wanted.step === null) return false;
       const row = wanted.row === null ? firstRow(wanted.step) : wanted.row;
       const isSame = run === state.run && wanted.step === state.step && row === state.row;
-      if (isSame && wanted.compare === state.compare && wanted.colour === state.view.colour) return true;
-      state.view.colour = wanted.colour;
+      if (isSame && wanted.compare === state.compare && wanted.colour === state.colour) return true;
+      state.colour = wanted.colour;
       state.compare = wanted.compare;
       if (run !== state.run) {
         state.run = run;
