@@ -38,15 +38,7 @@ CURVES = (
     "policy/kl",
 )
 """Metrics that get a curve, besides success on every split."""
-_NO_OTHER_ARM = (
-    ("seed",),
-    ("name",),
-    ("record",),
-    ("health",),
-    ("logging",),
-    ("model", "threads"),
-    ("environment", "workers"),
-)
+_NO_OTHER_ARM = ("seed", "name", "record", "health", "logging", "model.threads", "environment.workers")
 """Settings that may differ inside an arm."""
 
 
@@ -82,11 +74,11 @@ class Arm:
 
     @property
     def algorithm(self) -> str:
-        return self.config["algorithm"]["name"]
+        return _algorithm(self.config)
 
     @property
     def method(self) -> str:
-        return self.config["entropy"]["method"]
+        return _method(self.config)
 
     @property
     def model(self) -> str:
@@ -117,7 +109,7 @@ class Comparison:
             "figures": paper_figures(
                 {name: (arm.algorithm, arm.method) for name, arm in names.items()},
                 splits=self._splits(),
-                suite=str(self.arms[0].config["environment"]["suite"]),
+                suite=str(self.arms[0].config["environment"].get("suite")),
             ),
             "notes": self.notes,
         }
@@ -214,8 +206,8 @@ class Comparison:
 def arm_name(config: Config | Mapping[str, Any]) -> str:
     """What a run is called by what it does: its algorithm, and its entropy control if it has one."""
     tree = config.model_dump(mode="json") if isinstance(config, Config) else config
-    algorithm, method = tree["algorithm"]["name"], tree["entropy"]["method"]
-    return str(algorithm) if method == "none" else f"{algorithm} + {method}"
+    algorithm, method = _algorithm(tree), _method(tree)
+    return algorithm if method == "none" else f"{algorithm} + {method}"
 
 
 def compare(runs: Sequence[ComparedRun], *, window: float = 0.2) -> Comparison:
@@ -230,9 +222,7 @@ def compare(runs: Sequence[ComparedRun], *, window: float = 0.2) -> Comparison:
     if not runs:
         raise UserError("there is no run to compare: give run folders, or the folder of a sweep")
     # Without entropy control first, and seeds in order, in whatever order the folders came.
-    ordered = sorted(
-        range(len(runs)), key=lambda i: (runs[i].config["entropy"].get("method") != "none", runs[i].seed or 0)
-    )
+    ordered = sorted(range(len(runs)), key=lambda i: (_method(runs[i].config) != "none", runs[i].seed or 0))
     groups: dict[str, list[int]] = {}
     for index in ordered:
         groups.setdefault(json.dumps(_experiment(runs[index].config), sort_keys=True), []).append(index)
@@ -319,22 +309,29 @@ def _is_complete(run: ComparedRun) -> bool:
 def _experiment(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a configuration that makes an arm."""
     try:
-        tree = parse_config(config).model_dump(
-            mode="json"
-        )  # with the defaults of options an older version did not have
+        # An older version had fewer options: with their defaults.
+        tree = parse_config(config).model_dump(mode="json")
     except UserError:
         tree = json.loads(json.dumps(config))
-    for section, *rest in _NO_OTHER_ARM:
-        if not rest:
-            tree.pop(section, None)
-        elif isinstance(tree.get(section), dict):
-            tree[section].pop(rest[0], None)
+    for name in _NO_OTHER_ARM:
+        section, _, key = name.rpartition(".")
+        holder = tree.get(section) if section else tree
+        if isinstance(holder, dict):
+            cast("dict[str, Any]", holder).pop(key, None)
     return tree
+
+
+def _algorithm(config: Mapping[str, Any]) -> str:
+    return str(config["algorithm"].get("name", "ppo"))
+
+
+def _method(config: Mapping[str, Any]) -> str:
+    return str(config["entropy"].get("method", "none"))
 
 
 def _task_set(config: Mapping[str, Any]) -> str:
     environment = config["environment"]
-    return json.dumps([environment["suite"], environment["options"]], sort_keys=True)
+    return json.dumps([environment.get("suite"), environment.get("options")], sort_keys=True)
 
 
 def _episodes(config: Mapping[str, Any]) -> int:
