@@ -72,13 +72,15 @@
 
   function draw(plot) {
     const made = plot.make();
-    if (!made || !made.traces.length) {
+    const isEmpty = !made || !made.traces.length;
+    plot.div.closest(".card")?.classList.toggle("is-empty", isEmpty);
+    if (isEmpty) {
       Plotly.purge(plot.div);
       EPO.replace(plot.div, el("p", { class: "no-data" }, made?.empty || "No data"));
       return;
     }
     if (plot.div.querySelector(".no-data")) plot.div.replaceChildren();
-    Plotly.react(plot.div, made.traces, themed(made.layout || {}, made.traces, plot), {
+    Plotly.react(plot.div, made.traces, themed(made.layout || {}, made.traces.filter((trace) => !trace.isBand), plot), {
       displayModeBar: false,
       doubleClick: "reset",
       showTips: false,
@@ -175,8 +177,8 @@
 
   function fromTraces(made) {
     const traces = (made?.traces || []).filter((trace) => Array.isArray(trace.y) && trace.x && trace.type !== "heatmap" && !trace.isBand);
-    const steps = [...new Set(traces.flatMap((trace) => trace.x))].sort((a, b) => a - b);
-    const columns = traces.map((trace) => new Map(trace.x.map((x, i) => [x, [trace.y[i], trace.intervals?.[i]]])));
+    const steps = [...new Set(traces.flatMap((trace) => trace.steps || trace.x))].sort((a, b) => a - b);
+    const columns = traces.map((trace) => new Map((trace.steps || trace.x).map((x, i) => [x, [trace.y[i], trace.intervals?.[i]]])));
     const show = (cell, trace) => {
       if (!cell || !EPO.isNumber(cell[0])) return "";
       const value = EPO.format(cell[0], trace.metric);

@@ -40,6 +40,8 @@
     return isTwin && run.name !== label ? `${label} (${run.name})` : label;
   };
 
+  EPO.runSample = (i) => EPO.lineSample(...place(i));
+
   const describe = (run, i) => ({ run, index: i, label: EPO.runLabel(i), style: EPO.series(...place(i)) });
 
   EPO.runs = {
@@ -71,7 +73,7 @@
   // -- the strip
 
   EPO.startRuns = () => {
-    state.mode = comparison() ? "arms" : "runs";
+    state.mode = comparison()?.arms.some((arm) => arm.runs.length > 1) ? "arms" : "runs";
     drawBar();
     EPO.onUpdate(() => {
       if (known !== signature()) drawBar();
@@ -128,7 +130,7 @@
 
   const runChips = () =>
     EPO.page.runs.map((run, i) => {
-      const node = chip(!state.hidden.has(i), EPO.lineSample(...place(i)), EPO.runLabel(i), (on) => put(state.hidden, i, on), EPO.visible(run.path || run.name));
+      const node = chip(!state.hidden.has(i), EPO.runSample(i), EPO.runLabel(i), (on) => put(state.hidden, i, on), EPO.visible(run.path || run.name));
       node.hidden = !matches(i);
       return node;
     });
