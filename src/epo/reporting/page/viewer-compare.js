@@ -52,8 +52,10 @@
       record.turns.forEach((turn, k) => {
         const article = V.turnElement(record, row, k, step, cell);
         const alike = members.filter((other) => other.record.turns[k]?.action === turn.action).length;
-        const words = alike === members.length ? "all act so" : `${alike} of ${members.length} act so`;
+        const words = alike === members.length ? "all did this" : `${alike} of ${members.length} did this`;
         article.querySelector(".outcome").append(el("span", { class: "flag alike" }, words));
+        // The heads of the columns scroll out of sight.
+        article.querySelector("header").append(el("span", {}, `trajectory ${m + 1} ${record.success ? "✓" : "✗"}`));
         column.append(article);
       });
       grid.append(column);

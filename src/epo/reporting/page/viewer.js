@@ -118,12 +118,11 @@
       const parts = [el("h3", {}, `Step ${step} cannot be shown`)];
       if (Array.isArray(embedded) && !embedded.includes(step)) {
         const nearest = embedded.reduce((a, b) => (a === null || Math.abs(b - step) < Math.abs(a - step) ? b : a), null);
-        const command = `epo watch ${run().path}`;
+        const holds = embedded.length ? `; it holds those of the steps ${shortList(embedded)}` : "";
         parts.push(
-          el("p", {}, `This report does not hold the texts of step ${step}${embedded.length ? `; it holds those of the steps ${shortList(embedded)}` : ""}.`),
-          run().embedded_note ? el("p", {}, EPO.visible(run().embedded_note)) : "",
-          el("p", {}, "To read every step:"),
-          el("p", { class: "command" }, el("code", {}, EPO.visible(command)), V.copyButton("Copy", "Copy the command", () => EPO.visible(command))),
+          el("p", {}, `This report does not hold the texts of step ${step}${holds}.`),
+          command("To read every step:", `epo watch ${run().path}`),
+          command("To have this step in a report:", `epo report ${run().path} --steps ${step}`),
         );
         if (nearest !== null) {
           const button = el("button", { type: "button" }, `Go to step ${nearest}`);
@@ -136,6 +135,11 @@
         parts.push(el("p", {}, EPO.visible(String(error.message || error))), again);
       }
       reader.replaceChildren(el("div", { class: "failure", role: "alert" }, ...parts));
+    }
+
+    function command(why, text) {
+      const shown = EPO.visible(text);
+      return el("div", {}, el("p", {}, why), el("p", { class: "command" }, el("code", {}, shown), V.copyButton("Copy", "Copy the command", () => shown)));
     }
 
     function shortList(steps) {
