@@ -382,7 +382,7 @@ class HealthConfig(Section):
 
     halt: list[str] = []
     """Alarms that stop the run when they begin, before another checkpoint is written."""
-    prompts: int = Field(default=8, ge=0, le=64)
+    prompts: int = Field(default=4, ge=0, le=64)
     """Different tasks whose responses are scored under each other's prompts every step, for the mutual information of
     what the policy reads and writes; the cost grows with the square. 0 leaves it out."""
     warmup: int = Field(default=5, ge=3)
@@ -435,6 +435,27 @@ class RecordConfig(Section):
     """Most probable tokens kept beside every token that was drawn."""
 
 
+class LoggingConfig(Section):
+    """Where the metrics go besides the run folder; changes nothing of the training."""
+
+    to: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
+    """Loggers; `[]` for none. The run folder always has everything."""
+    project: str = Field(default="epo", pattern=r"^[\w.-]+$")
+    """Project of Weights & Biases and trackio."""
+    run_name: str | None = None
+    """Name of the run in them; default: that of the run folder."""
+    mode: Literal["offline", "online"] = "offline"
+    """`online` sends metrics and configuration to the Weights & Biases server while training. trackio stays on this
+    machine in either mode."""
+
+    @model_validator(mode="after")
+    def _online_has_a_server(self) -> Self:
+        if len(set(self.to)) < len(self.to):
+            raise ValueError(f"to names a logger twice: {', '.join(self.to)}")
+        _refuse_idle(self, ("mode",), idle="wandb" not in self.to, without="to lacking wandb", mend="add wandb to it")
+        return self
+
+
 class Config(Section):
     name: str = Field(default="run", pattern=r"^[^/\\.][^/\\]*$")
     """Name of the recipe; the default name of the run folder."""
@@ -454,6 +475,7 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     record: RecordConfig = RecordConfig()
+    logging: LoggingConfig = LoggingConfig()
     health: HealthConfig = HealthConfig()
 
     @model_validator(mode="after")

@@ -1,6 +1,7 @@
 """The folder of a run: what was asked, what happened, and where to go on.
 
-config.yaml  provenance.json  vocabulary.json  metrics.jsonl  eval.jsonl  trajectories/  checkpoints/  tensorboard/
+config.yaml  provenance.json  vocabulary.json  metrics.jsonl  eval.jsonl  trajectories/  checkpoints/  logging.json
+tensorboard/  wandb/
 plot.svg  report.html  summary.json
 
 Every line of the logs is strict JSON: a number that is not finite is written as null.

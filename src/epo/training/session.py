@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import platform
@@ -27,11 +26,11 @@ from epo.environments.pool import EnvPool
 from epo.environments.registry import make_suite
 from epo.errors import UserError
 from epo.files import write_atomically
+from epo.reporting.loggers import open_loggers, require_loggers
 from epo.reporting.page_builder import has_plotly
 from epo.reporting.plot import plot_run
 from epo.reporting.report import write_report
 from epo.reporting.run_reader import read_run
-from epo.reporting.tensorboard import TensorBoardLog
 from epo.sampling._vllm_engine import require_vllm
 from epo.training.checkpoint import checkpoints, read_state
 from epo.training.demonstrations import collect_demonstrations
@@ -47,7 +46,7 @@ _OF_THE_MACHINE = (
     ("sampler", "max_weight_error"),
 )
 """How many workers play and what an engine is granted: the machine's business, not the experiment's."""
-_TO_LOOK_AT = ("record", "health")
+_TO_LOOK_AT = ("record", "health", "logging")
 """Sections that say what is kept and shown. Like the above, they may change when a run goes on."""
 
 
@@ -110,6 +109,7 @@ def train_run(config: Config, path: Path, observer: Observer, *, resume: bool) -
     use_threads(config.model)
     if config.sampler.name == "vllm":  # a missing package is found out before the warm start
         require_vllm()
+    require_loggers(config.logging)
     suite = prepare_suite(config)
     if resume:
         run, checkpoint = _reopen(path, config)
@@ -134,7 +134,7 @@ def train_run(config: Config, path: Path, observer: Observer, *, resume: bool) -
             observer.note(f"resuming {str(path)!r} after step {trainer.state.step}")
         if trainer.state.step < config.steps:  # looking at a finished run is not part of it
             trainer.state.wall_seconds += time.perf_counter() - start_time
-        with closing(trainer), _stop_after_step(trainer, observer), _tensorboard(run, trainer, observer):
+        with closing(trainer), _stop_after_step(trainer, observer), _logged(run, trainer, observer):
             finished = trainer.train()
         for line in () if trainer.halt is None else trainer.halt.message(run.path):
             observer.note(line)
@@ -203,17 +203,17 @@ def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list
 
 
 @contextmanager
-def _tensorboard(run: RunFolder, trainer: Trainer, observer: Observer) -> Iterator[None]:
-    if importlib.util.find_spec("tensorboard") is None:
-        observer.note("no TensorBoard log: pip install -e '.[report]' to have one")
+def _logged(run: RunFolder, trainer: Trainer, observer: Observer) -> Iterator[None]:
+    """Inside, the trainer's metrics go to the loggers of the configuration too."""
+    with open_loggers(
+        trainer.config,
+        run.path,
+        step=trainer.state.step,
+        metrics=run.metrics(),
+        evaluations=run.evaluations(),
+        note=observer.note,
+    ) as trainer.log:
         yield
-        return
-    log = TensorBoardLog(run.path / "tensorboard", purge_step=trainer.state.step + 1)
-    trainer.log = log
-    try:
-        yield
-    finally:
-        log.close()
 
 
 @contextmanager
