@@ -47,6 +47,7 @@ def make_run(
             "episodes": [4.0] * 10,
             "tokens/sampled": [50.0] * 10,
             "reward/mean": [None, *[0.5] * 9],
+            "success/train": [0.0] * 8 + [0.5, 1.0],
         },
         evaluations=[
             {"step": step, "panels": [{"split": "iid", "success": value}, {"split": "ood", "success": ood}]}
@@ -92,6 +93,8 @@ def test_the_table_by_hand() -> None:
     assert 0.2 <= base["low"] < 0.4 < base["high"] <= 0.6
     assert base["environment_steps"] == 80 and base["tokens"] == 500
     assert row(page, "ppo", "ood")["window_mean"] == 0.25
+    training = row(page, "ppo", "training")
+    assert (training["window_mean"], training["best_mean"], training["seeds"]) == (0.75, 1.0, 3)
     assert [arm["runs"] for arm in page["arms"]] == [[0, 1, 2], [3, 4, 5]]
     changes = np.diff([0.1 if step % 2 else 0.3 for step in range(10)])
     assert page["arms"][0]["entropy_oscillation"] == pytest.approx(np.std(changes))
@@ -102,17 +105,26 @@ def test_the_table_by_hand() -> None:
 
 def test_every_algorithm_is_measured_against_its_own_baseline() -> None:
     runs = [
-        make_run(success={10: 0.4}),
-        make_run(*GRPO, success={10: 0.8}),
-        make_run(EPO, success={10: 0.6}),
-        make_run(*GRPO, EPO, success={10: 0.6}),
+        make_run("rollout.tasks_per_step=32", success={10: 0.4}),
+        make_run(*GRPO, "rollout.tasks_per_step=8", success={10: 0.8}),
+        make_run("rollout.tasks_per_step=32", EPO, success={10: 0.6}),
+        make_run(*GRPO, "rollout.tasks_per_step=8", EPO, success={10: 0.6}),
     ]
     page = compare(runs).page()
     assert row(page, "ppo + epo")["relative"] == pytest.approx(0.5)
     assert row(page, "grpo + epo")["relative"] == pytest.approx(-0.25)
     assert row(page, "grpo + epo")["baseline"] == "grpo"
     assert row(page, "ppo")["low"] is None  # one seed says nothing of the spread
-    assert any("budgets differ" in note for note in page["notes"])
+    assert page["notes"] == []
+
+
+@pytest.mark.parametrize("other", ["steps=5", "environment.options={length: 9}", "rollout.tasks_per_step=8"])
+def test_nothing_is_divided_that_was_not_measured_alike(other: str) -> None:
+    corridor = "environment.suite=corridor"
+    page = compare([make_run(corridor), make_run(corridor, EPO, other, success={5: 0.6, 10: 0.6})]).page()
+    assert row(page, "ppo + epo")["relative"] is None
+    assert row(page, "ppo + epo")["improvement_probability"] is None
+    assert any("budgets differ" in note for note in page["notes"]) == ("options" not in other)
 
 
 def test_what_does_not_change_the_experiment_makes_no_arm() -> None:
@@ -129,16 +141,6 @@ def test_arms_that_do_the_same_otherwise_are_told_apart() -> None:
     for run, arm in zip(runs, ("weak", "strong"), strict=True):
         run.name = f"{arm}--seed0"
     assert [arm.name for arm in compare(runs).arms] == ["ppo + epo (weak)", "ppo + epo (strong)"]
-
-
-def test_task_sets_are_strata() -> None:
-    easy = [make_run("environment.suite=corridor", seed=s, success={10: 1.0}) for s in (0, 1)]
-    hard = [
-        make_run("environment.suite=corridor", "environment.options={length: 9}", seed=s, success={10: 0.0})
-        for s in (2, 3)
-    ]
-    page = compare([*easy, *hard]).page()
-    assert len(page["arms"]) == 2  # another task set is another experiment
 
 
 def test_runs_that_are_not_done_are_left_out_and_named() -> None:

@@ -38,6 +38,8 @@ CURVES = (
     "policy/kl",
 )
 """Metrics that get a curve, besides success on every split."""
+TRAINING = "training"
+"""Row of the table for the episodes of training: many, but at the training temperature and on tasks that were seen."""
 _NO_OTHER_ARM = ("seed", "name", "record", "health", "logging", "model.threads", "environment.workers")
 """Settings that may differ inside an arm."""
 
@@ -98,7 +100,7 @@ class Comparison:
     def page(self) -> dict[str, Any]:
         """Everything as plain JSON data."""
         names = {arm.name: arm for arm in self.arms}
-        table = [self._row(arm, split) for split in self._splits() for arm in self.arms]
+        table = [self._row(arm, split) for split in [*self._splits(), TRAINING] for arm in self.arms]
         return {
             "baseline": self.baseline,
             "arms": [self._arm(arm) for arm in self.arms],
@@ -115,12 +117,16 @@ class Comparison:
         }
 
     def baseline_of(self, arm: Arm) -> Arm | None:
-        """What `arm` is measured against: its algorithm and model without control, else the overall baseline."""
+        """What `arm` is measured against: its algorithm without entropy control, else the overall baseline.
+
+        Only on the same tasks, with the same model and budget; None where there is no such arm.
+        """
         if arm.method == "none":
             return None
-        fitting = [a for a in self.arms if a.method == "none" and (a.algorithm, a.model) == (arm.algorithm, arm.model)]
-        found = fitting[0] if fitting else next(a for a in self.arms if a.name == self.baseline)
-        return None if found is arm else found
+        comparable = [a for a in self.arms if a is not arm and _conditions(a.config) == _conditions(arm.config)]
+        own = [a for a in comparable if a.method == "none" and a.algorithm == arm.algorithm]
+        overall = [a for a in comparable if a.name == self.baseline]
+        return next(iter([*own, *overall]), None)
 
     def scores(self, arm: Arm, split: str) -> dict[str, NDArray[np.float64]]:
         """Success in the window: for each task set, one value for each complete run that was evaluated on `split`."""
@@ -244,7 +250,9 @@ def compare(runs: Sequence[ComparedRun], *, window: float = 0.2) -> Comparison:
 
 
 def success_by_step(run: ComparedRun, split: str) -> dict[int, float]:
-    """Success on a split's panel, by RL steps done."""
+    """Success on a split's panel, by RL steps done; with `TRAINING`, of the episodes that were learned from."""
+    if split == TRAINING:
+        return metric_by_step(run, "success/train")
     return {e["step"]: p["success"] for e in run.evaluations for p in e["panels"] if p["split"] == split}
 
 
@@ -334,6 +342,11 @@ def _task_set(config: Mapping[str, Any]) -> str:
     return json.dumps([environment.get("suite"), environment.get("options")], sort_keys=True)
 
 
+def _conditions(config: Mapping[str, Any]) -> tuple[str, str, int]:
+    """What two arms must share before their success can be divided: task set, model, episodes of training."""
+    return _task_set(config), str(config.get("model", {}).get("path", "")), _episodes(config)
+
+
 def _episodes(config: Mapping[str, Any]) -> int:
     rollout = config.get("rollout", {})
     return config["steps"] * rollout.get("tasks_per_step", 0) * rollout.get("group_size", 1)
@@ -344,17 +357,24 @@ def _names(runs: Sequence[ComparedRun], groups: Sequence[Sequence[int]]) -> list
     plain = [arm_name(runs[group[0]].config) for group in groups]
     flat = [_flat(_experiment(runs[group[0]].config)) for group in groups]
     names: list[str] = []
-    for index, group in enumerate(groups):
-        alike = [j for j, name in enumerate(plain) if name == plain[index]]
+    for index, name in enumerate(plain):
+        alike = [j for j, other in enumerate(plain) if other == name]
         if len(alike) == 1:
-            names.append(plain[index])
-            continue
-        given = [{runs[i].name.rpartition("--seed")[0] for i in groups[j]} for j in alike]
-        if all(len(one) == 1 and "" not in one for one in given) and len(set().union(*given)) == len(alike):
-            names.append(f"{plain[index]} ({runs[group[0]].name.rpartition('--seed')[0]})")
+            names.append(name)
             continue
         keys = [key for key in flat[index] if len({repr(flat[j].get(key)) for j in alike}) > 1]
-        names.append(f"{plain[index]} ({', '.join(f'{key}={flat[index][key]}' for key in keys)})")
+        candidates = [
+            ({runs[i].name.rpartition("--seed")[0] for i in groups[j]} for j in alike),  # the arm's name in its sweep
+            ({", ".join(f"{key}={flat[j].get(key)}" for key in keys[:2])} if len(keys) <= 2 else set() for j in alike),
+            ({str(runs[i].config.get("name", "")) for i in groups[j]} for j in alike),  # the recipe's
+            ({", ".join(runs[i].name for i in groups[j])} for j in alike),
+        ]
+        for found in map(list, candidates):
+            if all(len(one) == 1 and "" not in one for one in found) and len(set[str]().union(*found)) == len(alike):
+                names.append(f"{name} ({found[alike.index(index)].pop()})")
+                break
+        else:
+            names.append(f"{name} ({index})")
     return names
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from epo.evaluation.comparison import Comparison
@@ -150,33 +150,22 @@ def _print_csv(rows: list[dict[str, Any]]) -> None:
 
 def _print_comparison(comparison: Comparison) -> None:
     page = comparison.page()
-    table = Table(
-        "arm",
-        "seeds",
-        "split",
-        f"last {page['window']:.0%}",
-        "95 % interval",
-        "IQM",
-        "relative",
-        "P(better)",
-        "best (biased)",
-    )
-    seeds = {arm["name"]: len(arm["seeds"]) for arm in page["arms"]}
+    mean = f"last {page['window']:.0%} (95 % interval)"
+    table = _table("arm", "split", "seeds", mean, "IQM", "relative", "P(better)", "best (biased)")
     for row in page["table"]:
-        interval = "one seed" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
+        interval = "" if row["low"] is None else f" ({row['low']:.3f} to {row['high']:.3f})"
         table.add_row(
             escape(row["arm"]),
-            str(seeds[row["arm"]]),
             row["split"],
-            f"{row['window_mean']:.3f}",
-            interval,
+            str(row["seeds"]),
+            f"{row['window_mean']:.3f}{interval}",
             f"{row['iqm']:.3f}",
             "" if row["relative"] is None else f"{row['relative']:+.1%}",
             "" if row["improvement_probability"] is None else f"{row['improvement_probability']:.2f}",
             f"{row['best_mean']:.3f}",
         )
     stdout.print(table)
-    budget = Table("arm", "environment steps", "sampled tokens", "entropy, late", "oscillation of entropy")
+    budget = _table("arm", "environment steps", "sampled tokens", "entropy at the end", "its oscillation")
     for arm in page["arms"]:
         budget.add_row(
             escape(arm["name"]),
@@ -188,6 +177,11 @@ def _print_comparison(comparison: Comparison) -> None:
     stdout.print(budget)
     for note in page["notes"]:
         stdout.print(escape(note), highlight=False, soft_wrap=True)
+
+
+def _table(*columns: str) -> Table:
+    """A table that folds long names where the terminal is narrow, and loses no figure."""
+    return Table(*(Column(name, overflow="fold") for name in columns))
 
 
 def _number(value: float | None, form: str) -> str:
