@@ -25,8 +25,9 @@ from epo.errors import UserError
 from epo.models.command import models_app
 from epo.models.hub import stay_offline_unless_asked
 from epo.recipe import load_config, recipe_names
-from epo.reporting import show_command
 from epo.reporting import command as reporting_command
+from epo.reporting import show_command
+from epo.reporting.text import visible
 from epo.sweep import command as sweep_command
 
 if TYPE_CHECKING:
@@ -374,7 +375,7 @@ def _print_panels(results: Sequence[PanelResult]) -> None:
     table = Table("split", "success", "95 % interval", "episodes", "score", "turns", "invalid turns")
     for r in results:
         numbers = (f"{r.success:.3f}", f"{r.low:.3f} to {r.high:.3f}", str(r.episodes), f"{r.score:.2f}")
-        table.add_row(r.split, *numbers, f"{r.turns:.1f}", f"{r.invalid:.1%}")
+        table.add_row(escape(visible(r.split)), *numbers, f"{r.turns:.1f}", f"{r.invalid:.1%}")
     stdout.print(table)
 
 
@@ -385,7 +386,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
     for split, panel in summary["eval"].items():
         first, last = panel["initial"], panel["final"]
         table.add_row(
-            split,
+            escape(visible(split)),
             f"{first['success']:.3f}",
             f"{first['low']:.3f} to {first['high']:.3f}",
             f"{last['success']:.3f}",
@@ -407,5 +408,5 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        stderr.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        stderr.print(f"error: {visible(str(error), keep='\n')}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)

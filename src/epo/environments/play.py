@@ -10,6 +10,7 @@ from rich.console import Console
 
 from epo.environments.registry import make_suite
 from epo.errors import UserError
+from epo.reporting.text import visible, visible_lines
 from epo.types import Observation
 
 MAX_LISTED = 60
@@ -36,7 +37,7 @@ def play_episode(suite_name: str, options: Mapping[str, Any], *, split: str, tas
         )
     with suite.make_env() as env:
         observation = env.reset(tasks[task_id])
-        console.print(f"task {task_id}\n{observation.goal or ''}\n")
+        console.print(f"task {visible(task_id)}\n{visible_lines(observation.goal or '')}\n")
         turns = 0
         while True:
             _show(console, observation)
@@ -51,17 +52,17 @@ def play_episode(suite_name: str, options: Mapping[str, Any], *, split: str, tas
             turns += 1
             observation = step.observation
             if step.terminated or step.truncated:
-                console.print(f"{observation.text}\n")
+                console.print(f"{visible_lines(observation.text)}\n")
                 console.print(f"{'success' if step.success else 'failure'} after {turns} turns, score {step.score:.2f}")
                 return
 
 
 def _show(console: Console, observation: Observation) -> None:
-    console.print(observation.text)
+    console.print(visible_lines(observation.text))
     if observation.admissible_actions:
         shown = observation.admissible_actions[:MAX_LISTED]
         more = len(observation.admissible_actions) - len(shown)
-        console.print("actions: " + "; ".join(shown) + (f"; and {more} more" if more else ""), style="dim")
+        console.print("actions: " + visible("; ".join(shown)) + (f"; and {more} more" if more else ""), style="dim")
 
 
 def _read_line() -> str:
