@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -31,6 +34,13 @@ def register(app: typer.Typer) -> None:
         "    epo report sweeps/methods\n\n"
         "    epo report runs/try1 --steps 1,50,100 --trajectory-mb 20\n",
     )(report)
+    app.command(
+        name="watch",
+        epilog="Examples:\n\n"
+        "    epo watch runs/try1\n\n"
+        "    epo watch sweeps/methods --port 9000\n\n"
+        "    epo watch runs/try1 --host 0.0.0.0 --allow-remote\n",
+    )(watch)
 
 
 def report(
@@ -67,6 +77,49 @@ def report(
     count = "1 run" if written.runs == 1 else f"{written.runs} runs"
     text = f"report: {path} ({count}, {written.bytes / 1e6:.1f} MB)"
     stdout.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def watch(
+    runs: Runs,
+    host: Annotated[str, typer.Option(help="Where to listen. Others reach only what needs --allow-remote.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8765,
+    allow_remote: Annotated[
+        bool, typer.Option("--allow-remote", help="Let others reach the page, who then need a token.")
+    ] = False,
+    token: Annotated[
+        str | None,
+        typer.Option(envvar="EPO_WATCH_TOKEN", help="What visitors must know; default: made up with --allow-remote."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show runs in the browser while they train, and afterwards. Ctrl-C ends it.
+
+    Only this machine can open the page, unless --host and --allow-remote say otherwise. The connection is not
+    encrypted: over a network, come by `ssh -L 8765:localhost:8765 machine`.
+    """
+    try:
+        from epo.reporting.watch import serve
+    except ModuleNotFoundError as error:
+        if error.name != "starlette":
+            raise
+        raise UserError("epo watch needs starlette and uvicorn. In a checkout: pip install -e '.[report]'") from None
+
+    def on_start(address: str, count: int) -> None:
+        if as_json:
+            sys.stdout.write(json.dumps({"url": address, "runs": count}) + "\n")
+        else:
+            shown = "1 run" if count == 1 else f"{count} runs"
+            stdout.print(f"{shown} at {address} (Ctrl-C ends)", soft_wrap=True, markup=False, highlight=False)
+        sys.stdout.flush()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    with suppress(KeyboardInterrupt):
+        serve(runs, host=host, port=port, allow_remote=allow_remote, token=token, on_start=on_start)
 
 
 def _parse_steps(text: str | None) -> list[int] | None:

@@ -25,7 +25,7 @@ from epo.reporting.run_reader import RunData
 STYLES = ("style", "viewer")
 SCRIPTS = (
     *("core-dom", "core-format", "core-metrics", "core-plot", "core-runs", "core-source", "core"),
-    *("charts-series", "overview", "charts", "figures", "health", "setup"),
+    *("charts-series", "charts-specs", "overview", "charts-picker", "charts", "figures", "health", "setup"),
     *("viewer-scale", "viewer-turns", "viewer-card", "viewer-list", "viewer-compare", "viewer-copy", "viewer"),
 )
 """In the order in which they run."""
@@ -91,6 +91,7 @@ def render_page(page: Mapping[str, Any], *, blobs: Mapping[str, str]) -> tuple[s
             [
                 Markup('<meta http-equiv="Content-Security-Policy" content="{}">').format(csp),
                 Markup('<meta name="referrer" content="no-referrer">'),
+                Markup('<link rel="icon" href="data:,">'),  # browsers would ask the server for one
                 *(Markup(f"<style>{_asset(f'{name}.css')}</style>") for name in STYLES),
             ]
         ),

@@ -18,7 +18,7 @@ import yaml
 from epo.errors import UserError
 from epo.evaluation.comparison import arm_name
 from epo.reporting.json_lines import JsonLines, parse_object
-from epo.reporting.trajectories import index_entry
+from epo.reporting.trajectories import INDEX_COLUMNS, index_entry
 from epo.reporting.trajectory_files import TrajectoryFiles, inside
 
 _DIGITS = 6
@@ -123,7 +123,8 @@ class RunData:
         return self._since(*have) | {"reset": False}
 
     def _since(self, steps: int, evaluations: int, entries: int) -> dict[str, Any]:
-        columns = {name: [_rounded(x) for x in values[steps:]] for name, values in self.metrics.items()}
+        is_new = steps < len(self.steps)
+        columns = {name: [_rounded(x) for x in values[steps:]] for name, values in self.metrics.items() if is_new}
         return {
             "label": _text(self.label),
             "finished": self.finished,
@@ -374,13 +375,12 @@ def plain(value: Any) -> Any:
 
 
 def _index_columns(entries: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    names = [*dict.fromkeys(name for entry in entries for name in entry["columns"])]
-    columns: dict[str, list[Any]] = {"step": [], "row": [], **{name: [] for name in names}}
+    columns: dict[str, list[Any]] = {name: [] for name in ("step", "row", *INDEX_COLUMNS)}
     for entry in entries:
         count = max(map(len, entry["columns"].values()), default=0)
         columns["step"] += [entry["step"]] * count
         columns["row"] += range(count)
-        for name in names:
+        for name in INDEX_COLUMNS:
             columns[name] += entry["columns"].get(name, [None] * count)
     return columns
 

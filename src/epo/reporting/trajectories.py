@@ -37,7 +37,7 @@ def index_entry(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     alike; `turn_count` is how many did.
     """
     by_turn: list[list[float]] = []
-    columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
+    columns: dict[str, list[Any]] = {name: [] for name in INDEX_COLUMNS}
     for record in records:
         turns = record["turns"]
         entropies = [[h for h in turn["entropy"] if h is not None] for turn in turns]
@@ -55,7 +55,7 @@ def index_entry(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "tokens": sum(len(turn["response_ids"]) for turn in turns),
             "entropy": round(statistics.fmean(tokens), 5) if tokens else None,
         }
-        for name in _COLUMNS:
+        for name in INDEX_COLUMNS:
             columns[name].append(row[name])
     return {
         "step": records[0]["step"] if records else None,
@@ -65,7 +65,7 @@ def index_entry(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-_COLUMNS = ("group", "task", "goal", "success", "stop_reason", "reward", "turns", "invalid", "tokens", "entropy")
+INDEX_COLUMNS = ("group", "task", "goal", "success", "stop_reason", "reward", "turns", "invalid", "tokens", "entropy")
 
 
 def _turn_record(turn: Turn) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def _turn_record(turn: Turn) -> dict[str, Any]:
     }
 
 
-def _flat(turn: Turn) -> list[list[float]]:
+def _flat(turn: Turn) -> list[list[float | None]]:
     """Per token: id, log-probability, id, log-probability, and so on."""
     assert turn.alternatives is not None
     return [

@@ -30,9 +30,10 @@ class TrajectoryFiles:
     def lines(self, step: int) -> list[bytes]:
         """The lines of a step's file, without those that a crash cut off; empty if there is none."""
         file = self._file(step)
-        if not file.is_file():
+        try:
+            return file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
+        except FileNotFoundError:  # the run was rewound in between
             return []
-        return file.read_bytes().split(b"\n")[:-1]
 
     def records(self, step: int) -> list[dict[str, Any]]:
         """The records of a step. A damaged line is None's place: an empty record, so that rows stay line numbers."""
