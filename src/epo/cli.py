@@ -408,5 +408,5 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        stderr.print(f"error: {visible(str(error), keep='\n')}", markup=False, highlight=False, soft_wrap=True)
+        stderr.print(visible(f"error: {error}", keep="\n"), markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
