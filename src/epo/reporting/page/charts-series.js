@@ -179,10 +179,10 @@
       traces.push(...EPO.band(cut(run.steps), cut(times(corridor.low)), cut(times(corridor.high)), EPO.color("--line-strong"), { name: "corridor", group: "corridor", alpha: 0.17 }));
     }
     const parts = [
-      ["entropy/turn_early", "first third of turns", EPO.series(0)],
-      ["entropy/turn_late", "last third of turns", EPO.series(1)],
+      ["entropy/turn_early", "early turns", EPO.series(0)],
+      ["entropy/turn_late", "late turns", EPO.series(1)],
       ["entropy/mean", "all tokens", { ...EPO.series(2), dash: "dot" }],
-      ["entropy/reference", "history H_ref", { color: EPO.color("--muted"), dash: "longdash", symbol: "line-ew" }],
+      ["entropy/reference", "history", { color: EPO.color("--muted"), dash: "longdash", symbol: "line-ew" }],
     ];
     for (const [metric, name, style] of parts) traces.push(...EPO.lines(name, run.steps, run.metrics[metric], style, metric, { hovertemplate: "%{y:.3f}" }));
     return traces.some((trace) => !trace.isBand) ? traces : [];
@@ -205,6 +205,7 @@
       customdata: byTurn(counts || []),
       colorscale: sequential(),
       zmin: 0,
+      zmax: Math.max(...values.flat().filter(isNumber), 1e-9),
       colorbar: { thickness: 10, outlinewidth: 0, len: 1, title: { text: "nats", side: "right", font: { size: 11 } }, tickfont: { size: 11, color: EPO.color("--muted") } },
       hovertemplate: "step %{x}, turn %{y}<br>%{z:.3f} nats<br>%{customdata} episodes<extra></extra>",
       hoverongaps: false,

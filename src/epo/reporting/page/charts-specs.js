@@ -1,7 +1,7 @@
 "use strict";
 // The charts of the page, each described once: title, sentence, what it draws. Overview and Charts make cards of them.
 (function () {
-  const LEAVES = ["environment", "prefill", "decode", "sampling_rest", "old_logprobs", "values", "reference", "update", "other"];
+  const LEAVES = ["environment", "prefill", "decode", "sampling_rest", "old_logprobs", "values", "reference", "health", "update", "other"];
 
   const detail = () => EPO.runs.detail();
   const ofDetail = (draw) => () => (detail() ? draw(detail().run) : []);
@@ -57,14 +57,14 @@
   function corridorWords() {
     const corridor = detail() && EPO.corridorOf(detail().run);
     if (!corridor) return " This run has no corridor.";
-    return ` Grey: the corridor from ${corridor.low} to ${corridor.high} times the history H_ref.`;
+    return ` Grey: the corridor from ${corridor.low} to ${corridor.high} times the history, the mean of all steps so far.`;
   }
 
   const entropy = {
     id: "entropy",
     title: "Entropy of early and late turns",
     unit: "nats",
-    text: () => `Mean entropy per sampled token. Late turns that climb away from early ones announce a cascade.${corridorWords()}${runName()}`,
+    text: () => `Mean entropy per token, early and late: the first and the last third of the turns played. Late turns that climb away from early ones announce a cascade.${corridorWords()}${runName()}`,
     make: () => ({ traces: ofDetail(EPO.entropyOfRun)(), layout: { showlegend: true } }),
   };
 

@@ -99,10 +99,11 @@
       title: { font: { color: muted, size: 11 }, standoff: 6 },
       automargin: true,
       fixedrange: isCoarse,
-      // Thousands as 12k; small numbers as they are.
-      exponentformat: "SI",
-      minexponent: 4,
     };
+    // 12k, but 5 x 10^-13 rather than 500f.
+    const largest = traces.reduce((m, trace) => (trace.y || []).reduce((n, y) => (EPO.isNumber(y) ? Math.max(n, Math.abs(y)) : n), m), 0);
+    const isTiny = largest > 0 && largest < 1e-3;
+    const numbers = { exponentformat: isTiny ? "power" : "SI", minexponent: isTiny ? 2 : 4 };
     const base = {
       autosize: false,
       width: plot.div.clientWidth,
@@ -119,7 +120,7 @@
       uirevision: "kept",
       transition: { duration: 0 },
       xaxis: { ...axis, title: { ...axis.title, text: "RL step" }, showgrid: false, hoverformat: ",d" },
-      yaxis: { ...axis, rangemode: "tozero" },
+      yaxis: { ...axis, ...numbers, rangemode: "tozero" },
       colorway: [0, 1, 2, 3, 4, 5, 6].map((i) => EPO.color(`--series-${i}`)),
     };
     return merged(base, layout);

@@ -22,9 +22,9 @@
     return `${steps.length === 1 ? "step" : "steps"} ${shown}${rest}`;
   };
 
-  // -- timeline
+  // -- timeline: a track of steps, filled where the alarm fired
 
-  function bars(run, name) {
+  function track(run, name) {
     const { steps } = run;
     const span = Math.max(1, steps.length);
     const at = new Map(steps.map((step, i) => [step, i]));
@@ -32,30 +32,6 @@
       svg("rect", { x: at.get(from), y: 0, width: Math.max(at.get(to) - at.get(from) + 1, span / 300), height: 1, class: "fired" },
         svg("title", {}, `steps ${EPO.rangeText([from, to])}`)));
     return svg("svg", { class: "timeline-track", viewBox: `0 0 ${span} 1`, preserveAspectRatio: "none", "aria-hidden": "true" }, shapes);
-  }
-
-  function timelineRow(run, alarm) {
-    const column = columnOf(run, alarm.name);
-    const recorded = column?.some(EPO.isNumber);
-    const steps = firedSteps(run, alarm.name);
-    const words = !recorded ? "not recorded" : steps.length ? EPO.plural(steps.length, "step") : "quiet";
-    return el("tr", { class: steps.length ? "has-fired" : null },
-      el("th", { scope: "row" }, el("button", { type: "button", class: "link", on: { click: () => openAlarm(alarm.name) } }, alarm.title)),
-      el("td", { class: "timeline-cell" }, bars(run, alarm.name)),
-      el("td", { class: "timeline-words" }, words));
-  }
-
-  function timeline(run) {
-    if (!run.steps.length) return EPO.message("No step yet.", "Alarms are computed after every step.");
-    const names = alarmsOf();
-    if (EPO.firedAlarms(run) === null) return EPO.message("No alarms were recorded in this run.", "Runs of an older version have none.");
-    return el("table", { class: "timeline" },
-      el("caption", { class: "unseen" }, "Steps at which each alarm fired"),
-      el("thead", {}, el("tr", {},
-        el("th", { scope: "col" }, "Alarm"),
-        el("th", { scope: "col", class: "timeline-cell" }, el("span", {}, `step ${run.steps[0]}`), el("span", {}, String(run.steps.at(-1)))),
-        el("th", { scope: "col" }, "Fired"))),
-      el("tbody", {}, names.map((alarm) => timelineRow(run, alarm))));
   }
 
   // -- several runs: how many steps of each run an alarm fired at
@@ -77,20 +53,17 @@
 
   const open = new Set(); // names of alarms that stand open
 
-  function openAlarm(name) {
-    const entry = document.getElementById(`alarm-${name}`);
-    entry.open = true;
-    entry.scrollIntoView({ block: "start" });
-    entry.querySelector("summary").focus({ preventScroll: true });
-  }
-
   function catalogueEntry(alarm, run) {
     const steps = firedSteps(run, alarm.name);
     const pairs = [["Looks for", alarm.definition], ["Threshold", alarm.threshold], ["Source", alarm.source], ["What to try", alarm.advice]];
     const metrics = (alarm.needs || []).filter((name) => run.metrics[name]?.some(EPO.isNumber));
+    const isRecorded = columnOf(run, alarm.name)?.some(EPO.isNumber);
+    const state = !isRecorded ? "not recorded" : steps.length ? EPO.plural(steps.length, "step") : "quiet";
     const entry = el("details", { class: "alarm", id: `alarm-${alarm.name}`, open: open.has(alarm.name) },
-      el("summary", {}, el("span", { class: "alarm-title" }, alarm.title),
-        el("span", { class: steps.length ? "alarm-state loud" : "alarm-state" }, steps.length ? `fired at ${EPO.plural(steps.length, "step")}` : "quiet")),
+      el("summary", {},
+        el("span", { class: "alarm-title" }, alarm.title),
+        el("span", { class: "alarm-track" }, track(run, alarm.name)),
+        el("span", { class: steps.length ? "alarm-state loud" : "alarm-state" }, steps.length ? el("span", { class: "unseen" }, "fired at ") : null, state)),
       el("dl", { class: "alarm-text" },
         pairs.filter(([, text]) => text).map(([name, text]) => el("div", {}, el("dt", {}, name), el("dd", {}, text))),
         steps.length ? el("div", {}, el("dt", {}, "Fired"), el("dd", {}, stepLinks(steps, run))) : null),
@@ -126,44 +99,47 @@
     return EPO.card({ ...spec, id: `alarm-${alarm.name}-${spec.id}`, text: EPO.metric(name).text, height: 190, make });
   }
 
+  function catalogue(run) {
+    const { steps } = run;
+    return el("div", { class: "alarms" },
+      el("div", { class: "alarm-head", "aria-hidden": "true" },
+        el("span", {}, "Alarm"), el("span", { class: "alarm-track" }, el("span", {}, steps.length ? `step ${steps[0]}` : ""), el("span", {}, steps.length ? String(steps.at(-1)) : "")), el("span", { class: "alarm-state" }, "Fired")),
+      alarmsOf().map((alarm) => catalogueEntry(alarm, run)));
+  }
+
   // -- the tab
 
   EPO.tab("health", "Health", (container) => {
-    const top = el("div");
-    const list = el("div", { class: "section" });
-    container.append(top, list);
-    const fillTop = () => {
-      const detail = EPO.runs.detail();
-      if (!detail) return EPO.replace(top, EPO.message("No run yet."));
-      const several = EPO.page.runs.length > 1;
-      EPO.replace(top,
-        several ? el("section", { class: "section" },
-          el("h2", {}, "Alarms by run"),
-          el("p", { class: "lead" }, "At how many steps each alarm fired. Choose a run to see when."),
-          matrix()) : null,
-        el("section", { class: "section" },
-          el("h2", {}, several ? ["When alarms fired: ", EPO.visible(detail.label)] : "When alarms fired"),
-          el("p", { class: "lead" }, "Alarms are computed after every step from the run's own metrics. A filled stretch marks the steps at which one fired."),
-          timeline(detail.run)));
+    let known = null;
+    const fill = () => {
+      container.querySelectorAll(".plot").forEach(EPO.unplot);
+      EPO.replace(container, EPO.runs.detail() ? contentOf(EPO.runs.detail()) : EPO.message("No run yet.", "Alarms are computed after every step."));
     };
-    const fillList = () => {
-      const detail = EPO.runs.detail();
-      list.querySelectorAll(".plot").forEach(EPO.unplot);
-      EPO.replace(list,
-        el("h2", {}, "What the alarms look for"),
-        el("div", { class: "alarms" }, detail ? alarmsOf().map((alarm) => catalogueEntry(alarm, detail.run)) : null));
-    };
-    const counts = () => JSON.stringify([EPO.runs.detail()?.index, alarmsOf().map(({ name }) => EPO.runs.detail() && firedSteps(EPO.runs.detail().run, name).length)]);
-    let known = counts();
+    // Anew only when something fired or another run was chosen; what stands open stays open.
     const refresh = () => {
-      fillTop();
-      if (known === counts()) return;
-      known = counts();
-      fillList();
+      const detail = EPO.runs.detail();
+      const now = JSON.stringify([detail?.index, EPO.runs.shown().map(({ run, index }) => [index, alarmsOf().map(({ name }) => firedSteps(run, name).length)]), detail && Math.floor(detail.run.steps.length / 10)]);
+      if (now === known) return;
+      known = now;
+      fill();
     };
-    fillTop();
-    fillList();
+    refresh();
     EPO.onUpdate(refresh);
     EPO.onRuns(refresh);
   });
+
+  function contentOf({ run, label }) {
+    const several = EPO.page.runs.length > 1;
+    return [
+      several ? el("section", { class: "section" },
+        el("h2", {}, "Alarms by run"),
+        el("p", { class: "lead" }, "At how many steps each alarm fired. Choose a run to see when."),
+        matrix()) : null,
+      el("section", { class: "section" },
+        el("h2", {}, several ? `Alarms of ${EPO.visible(label)}` : "Alarms"),
+        el("p", { class: "lead" }, "Computed after every step from the run's own metrics. A filled stretch marks the steps at which an alarm fired; open one for what it looks for and what to try."),
+        EPO.firedAlarms(run) === null ? el("p", { class: "notes" }, "No alarms were recorded in this run: it was made by an older version, or has no step yet.") : null,
+        catalogue(run)),
+    ];
+  }
 })();

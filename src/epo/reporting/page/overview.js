@@ -114,10 +114,9 @@
     return texts.length ? el("ul", { class: "notes" }, texts.map((text) => el("li", {}, EPO.visible(text)))) : null;
   }
 
-  function haltWords(halted) {
-    if (typeof halted === "string") return halted;
-    if (halted.message) return halted.message;
-    return Object.entries(halted).map(([key, value]) => `${key} ${typeof value === "object" ? JSON.stringify(value) : value}`).join(", ");
+  function haltWords({ step, alarms = [], last_good: lastGood }) {
+    const titles = alarms.map((name) => EPO.page.alarms.find((alarm) => alarm.name === name)?.title || name);
+    return `after step ${step} by ${titles.join(", ")}. ${lastGood ? `Last good checkpoint: ${lastGood}` : "No good checkpoint is left."}`;
   }
 
   // -- alarms
@@ -139,7 +138,7 @@
     return el("li", {},
       el("a", { href: "#health", class: "alarm-title" }, title), " ",
       el("span", { class: "muted" }, where),
-      advice ? el("p", { class: "advice" }, advice) : null);
+      advice ? el("p", { class: "advice" }, `Try: ${advice}`) : null);
   }
 
   // -- the tab
@@ -148,12 +147,9 @@
     const { runs, comparison } = EPO.page;
     const single = runs.length === 1;
     EPO.replace(container,
-      el("section", { class: "section" },
-        el("h2", {}, comparison && !single ? "Success by arm" : "Success"),
-        single ? facts(runs[0]) : null,
-        single ? notes(runs[0]) : null,
-        comparison && !single ? EPO.comparisonTable({ brief: true }) : null,
-        single ? oneRun(runs[0]) : null),
+      single ? el("section", { class: "section" }, facts(runs[0]), notes(runs[0])) : null,
+      single ? el("section", { class: "section" }, el("h2", {}, "Success"), oneRun(runs[0])) : null,
+      comparison && !single ? el("section", { class: "section" }, el("h2", {}, "Success by arm"), EPO.comparisonTable({ brief: true })) : null,
       single ? null : el("section", { class: "section" }, el("h2", {}, "Runs"), manyRuns(), runs.map(notes)),
       el("section", { class: "section" }, el("h2", {}, "Alarms"), alarms()));
   }
@@ -169,7 +165,7 @@
     return el("section", { class: "section" },
       el("h2", {}, "Key charts"),
       el("p", { class: "lead" }, "All of them, larger and with more, are under ", el("a", { href: "#charts" }, "Charts"), "."),
-      el("div", { class: "grid" }, specs.map(small)));
+      el("div", { class: specs.length > 4 ? "grid thirds" : "grid" }, specs.map(small)));
   }
 
   EPO.tab("overview", "Overview", (container) => {

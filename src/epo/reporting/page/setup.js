@@ -21,32 +21,49 @@
     return [...keys].filter((key) => new Set(flats.map((one) => JSON.stringify(one.get(key)))).size > 1).sort();
   }
 
-  function differences(keys, flats) {
-    if (!keys.length) return el("p", { class: "lead" }, "The configurations are the same.");
-    return el("div", { class: "scroll" }, el("table", { class: "diff" },
-      el("caption", { class: "unseen" }, "Settings that differ"),
-      el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "Run"), keys.map((key) => el("th", { scope: "col" }, el("code", {}, EPO.visible(key)))))),
-      el("tbody", {}, EPO.runs.all().map(({ index, label }, i) => el("tr", {},
-        el("th", { scope: "row" }, EPO.runSample(index), " ", EPO.visible(label)),
-        keys.map((key) => el("td", {}, EPO.visible(text(flats[i].get(key))))))))));
+  // Columns of the table: the arms of a comparison, else the runs.
+  function columns() {
+    const { comparison, runs } = EPO.page;
+    if (comparison) return comparison.arms.map((arm, i) => ({ title: arm.name, sample: EPO.lineSample(i), members: arm.runs }));
+    return runs.map((_, i) => ({ title: EPO.runLabel(i), sample: EPO.runSample(i), members: [i] }));
   }
 
-  // The text of config.yaml, lines of differing keys marked. The path of a line follows from its indentation.
+  const valuesOf = (members, flats, key) => [...new Set(members.map((i) => text(flats[i].get(key))))].join(", ");
+
+  function differences(keys, flats) {
+    if (!keys.length) return el("p", { class: "lead" }, "The configurations are the same.");
+    const groups = columns();
+    return el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Settings that differ" }, el("table", { class: "diff" },
+      el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "Setting"), groups.map(({ title, sample }) => el("th", { scope: "col" }, sample, " ", EPO.visible(title))))),
+      el("tbody", {}, keys.map((key) => el("tr", {},
+        el("th", { scope: "row" }, el("code", {}, EPO.visible(key))),
+        groups.map(({ members }) => el("td", {}, EPO.visible(valuesOf(members, flats, key)))))))));
+  }
+
+  // The text of config.yaml, a block for each section, lines of differing keys marked. The path of a line follows from
+  // its indentation.
   function yaml(run, keys) {
     const marked = new Set(keys);
     const path = [];
+    const blocks = [];
     let isMarked = false;
-    const lines = (run.config_yaml || "").split("\n").map((line) => {
+    let isNested = false;
+    for (const line of (run.config_yaml || "").trimEnd().split("\n")) {
       const found = /^( *)([^\s:#-][^:]*):/.exec(line);
       if (found) {
         path.length = Math.floor(found[1].length / 2);
         path.push(found[2]);
         isMarked = marked.has(path.join("."));
       }
-      const shown = EPO.visible(line);
-      return [isMarked && line ? el("mark", {}, shown) : shown, "\n"];
-    });
-    return el("pre", { class: "code", tabindex: "0", role: "region", "aria-label": "Configuration" }, lines);
+      const isTop = found && !found[1];
+      const opens = isTop && line.endsWith(":");
+      // Plain settings of the top stay together; each section is a block of its own.
+      if (!blocks.length || opens || (isTop && isNested)) blocks.push([]);
+      if (isTop) isNested = opens;
+      blocks.at(-1).push(isMarked && line ? el("mark", {}, EPO.visible(line)) : EPO.visible(line), "\n");
+    }
+    return el("pre", { class: "code config", tabindex: "0", role: "region", "aria-label": "Configuration" },
+      blocks.map((lines) => el("span", { class: "config-block" }, lines)));
   }
 
   // -- provenance
@@ -59,6 +76,8 @@
     return el("pre", { class: "code command", tabindex: "0", role: "region", "aria-label": "Command" }, EPO.visible(words.map((w) => quoted(String(w))).join(" ")));
   }
 
+  const named = (key) => key.replace(/^packages\./, "").replaceAll(/[._]/g, " ");
+
   function provenance(run) {
     if (!run.provenance) return el("p", { class: "lead" }, "No provenance was recorded: provenance.json is missing in the run folder.");
     const { command: _, ...rest } = run.provenance;
@@ -66,8 +85,8 @@
     const short = pairs.filter(([, value]) => text(value).length <= 160);
     const long = pairs.filter(([, value]) => text(value).length > 160);
     return [
-      el("dl", { class: "pairs" }, short.map(([key, value]) => el("div", {}, el("dt", {}, EPO.visible(key)), el("dd", {}, EPO.visible(text(value)))))),
-      long.map(([key, value]) => el("details", { class: "long" }, el("summary", {}, EPO.visible(key)), el("pre", { class: "code", tabindex: "0" }, EPO.visible(text(value))))),
+      el("dl", { class: "pairs" }, short.map(([key, value]) => el("div", {}, el("dt", {}, EPO.visible(named(key))), el("dd", {}, EPO.visible(text(value)))))),
+      long.map(([key, value]) => el("details", { class: "long" }, el("summary", {}, EPO.visible(named(key))), el("pre", { class: "code", tabindex: "0" }, EPO.visible(text(value))))),
     ];
   }
 
