@@ -1,0 +1,21 @@
+"""What every section of a recipe has in common."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def refuse_idle(section: Section, options: tuple[str, ...], *, idle: bool, without: str, mend: str) -> None:
+    """An option that was given and does nothing is a mistake that costs a run."""
+    for option in options if idle else ():
+        value = getattr(section, option)
+        if value != type(section).model_fields[option].default:
+            raise ValueError(f"{option}={value} does nothing with {without}: leave it out, or {mend}")
