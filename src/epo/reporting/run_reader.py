@@ -168,8 +168,9 @@ class RunReader:
             return False
 
     def _load(self) -> RunData:
-        self._config_identity = self._identity(("config.yaml",))
+        identity = self._identity(("config.yaml",))
         config, text = read_config(self.path)
+        self._config_identity = identity
         self.data = RunData(path=self.path, name=self.path.resolve().name, config=config, config_yaml=text)
         self._restart()
         return self.data
@@ -347,11 +348,11 @@ def read_config(path: Path) -> tuple[dict[str, Any], str]:
         raise UserError(f"{str(path)!r} is no run (it has no config.yaml): give a run folder, such as runs/quickstart")
     try:
         text = file.read_bytes().decode("utf-8")
-        tree = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        tree = plain(yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
     except (OSError, ValueError, LookupError, AttributeError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{str(file)!r} cannot be read ({reason}): it is no run of epo, or damaged") from None
-    config = cast("dict[str, Any]", plain(tree)) if isinstance(tree, dict) else {}
+    config = cast("dict[str, Any]", tree) if isinstance(tree, dict) else {}
     for key, kind in _NEEDED.items():
         value: Any = config
         for part in key.split("."):
