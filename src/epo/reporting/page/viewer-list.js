@@ -16,7 +16,7 @@
   };
 
   function stopWords(reason) {
-    return Object.hasOwn(STOP_WORDS, reason) ? STOP_WORDS[reason] : EPO.visible(String(reason));
+    return Object.hasOwn(STOP_WORDS, reason) ? STOP_WORDS[reason] : V.shortened(String(reason), 60);
   }
 
   function field(label, input) {
@@ -238,7 +238,7 @@
         },
         el("span", { class: "c-step" }, String(index.step[n])),
         el("span", { class: success ? "c-mark good" : "c-mark bad", title: success ? "success" : "failure" }, success ? "✓" : "✗"),
-        el("span", { class: "c-task" }, EPO.visible(String(show("task")).slice(0, 200))),
+        el("span", { class: "c-task" }, V.shortened(String(show("task")), 200)),
         el("span", { class: "c-detail" }, details.join(" · ")),
         el("span", { class: "c-reward" }, V.fixed(show("reward"))),
         el("span", { class: "c-turns" }, V.number(show("turns"))),
@@ -339,7 +339,7 @@
     function update() {
       const index = runOf().index;
       fillChoices(controls.stop, "any", counts(index.stop_reason), stopWords);
-      fillChoices(controls.goal, "any", counts(index.goal), (goal) => EPO.visible(goal.slice(0, 60)));
+      fillChoices(controls.goal, "any", counts(index.goal), (goal) => V.shortened(goal, 60));
       embeddedField.hidden = embeddedSteps() === null;
       filter();
     }

@@ -59,9 +59,9 @@
     },
   };
 
-  const number = (x, digits = 3) => (typeof x === "number" ? EPO.format.plain(x, digits) : "–");
+  const number = (x, digits = 3) => (EPO.isNumber(x) ? EPO.format.plain(x, digits) : x > 0 ? "∞" : "–");
   // For columns of numbers that stand below each other.
-  const fixed = (x) => (typeof x === "number" ? x.toFixed(2).replace("-", "−") : "–");
+  const fixed = (x) => (EPO.isNumber(x) ? x.toFixed(2).replace("-", "−") : "–");
   const signed = (x) => (x > 0 ? "+" : "") + number(x);
 
   function percent(p) {
@@ -73,17 +73,16 @@
   function value(turn, i, name) {
     const values = turn[MEASURES[name].field];
     const x = Array.isArray(values) ? values[i] : null;
-    return typeof x === "number" && Number.isFinite(x) ? x : null;
+    return EPO.isNumber(x) ? x : null;
   }
 
   function levelClass(name, x) {
-    if (x === null) return "unknown";
     const measure = MEASURES[name];
-    if (!measure.diverging) {
-      return `s${clamp(Math.floor(measure.position(x) * SEQUENTIAL_LEVELS), 0, SEQUENTIAL_LEVELS - 1)}`;
-    }
+    const position = x === null ? NaN : measure.position(x);
+    if (Number.isNaN(position)) return "unknown";
+    if (!measure.diverging) return `s${clamp(Math.floor(position * SEQUENTIAL_LEVELS), 0, SEQUENTIAL_LEVELS - 1)}`;
     const half = (DIVERGING_LEVELS - 1) / 2;
-    return `d${half + Math.round(clamp(measure.position(x), -1, 1) * half)}`;
+    return `d${half + Math.round(clamp(position, -1, 1) * half)}`;
   }
 
   function isRecorded(record, name) {

@@ -7,6 +7,7 @@
   const FOLD_TOKENS = 3000;
   const FOLD_TOKEN = 120; // characters of one token
   const PLAIN_FROM = 50000; // from here on whitespace signs are plain text, not elements of their own
+  const BLOCK = 20000; // characters that are laid out together in such a text
 
   const SPACE = /(\r\n|\n|\t| )/;
   const ODD_SPACE = /(\r\n|\n|\t|^ +| +$| {2,}| +(?=\n))/m;
@@ -40,7 +41,7 @@
   // sheet: who selects and copies gets the whitespace itself.
   function appendText(parent, text, { every = false, found = "" } = {}) {
     if (text.length > PLAIN_FROM) {
-      parent.append(text.split("\n").map(EPO.visible).join("⏎\n"));
+      appendBlocks(parent, text);
       return;
     }
     for (const [part, isMatch] of split(text, found)) {
@@ -52,6 +53,18 @@
         else if (piece[0] === " ") for (const _ of piece) target.append(sign(" ", "·"));
         else target.append(sign(piece.replace("\r", ""), SIGNS[piece]));
       }
+    }
+  }
+
+  // Blocks out of sight cost no layout: a million lines stay smooth.
+  function appendBlocks(parent, text) {
+    for (let from = 0; from < text.length; ) {
+      const line = text.lastIndexOf("\n", from + BLOCK - 1);
+      let to = line >= from ? line + 1 : Math.min(text.length, from + BLOCK);
+      if (/[\ud800-\udbff]/.test(text[to - 1]) && to < text.length) to++; // two halves of one character
+      const shown = text.slice(from, to).split("\n").map(EPO.visible).join("⏎\n");
+      parent.append(EPO.el("div", { class: "block" }, shown));
+      from = to;
     }
   }
 
@@ -97,6 +110,12 @@
     };
     fill(false);
     return EPO.el("div", {}, box, unfolding(`all ${text.length.toLocaleString("en")} characters`, fill));
+  }
+
+  // For titles and names: the beginning of a long text, and how long it is. Copying the record gives all of it.
+  function shortened(text, limit = 300) {
+    const end = text.length > limit ? `… (${text.length.toLocaleString("en")} characters)` : "";
+    return EPO.visible(text.slice(0, limit)).replace(/\s+/g, " ") + end;
   }
 
   function unfolding(what, fill) {
@@ -255,5 +274,5 @@
     return el("div", {}, el("p", { class: "note" }, "Mean entropy by turn; choose one to go there"), box);
   }
 
-  Object.assign(V, { wellFormed, places, appendText, foldable, pieceOf, repaint, turnElement, untrainedReason, meanEntropy, strip });
+  Object.assign(V, { wellFormed, shortened, places, appendText, foldable, pieceOf, repaint, turnElement, untrainedReason, meanEntropy, strip });
 })();

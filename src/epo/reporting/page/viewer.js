@@ -103,7 +103,12 @@
         }
       }
       fillPicker();
-      showReader();
+      try {
+        showReader();
+      } catch (error) {
+        showFailure(step, error);
+        throw error;
+      }
       if (byHand && window.matchMedia("(max-width: 800px)").matches) right.scrollIntoView({ block: "start" });
     }
 
@@ -181,7 +186,7 @@
       for (const n of rows) if (!groups.has(index.group[n])) groups.set(index.group[n], n);
       const here = rows.find((n) => index.row[n] === state.row);
       const group = here === undefined ? null : index.group[here];
-      options(pick.task, [...groups].map(([g, n]) => [g, EPO.visible(String(index.task[n]).slice(0, 80))]), group);
+      options(pick.task, [...groups].map(([g, n]) => [g, V.shortened(String(index.task[n]), 80)]), group);
       const members = rows.filter((n) => index.group[n] === group);
       const words = (n, k) => `${k + 1}: ${index.success[n] ? "✓" : "✗"} reward ${V.number(index.reward[n], 2)}`;
       options(pick.row, members.map((n, k) => [index.row[n], words(n, k)]), state.row);
@@ -275,9 +280,9 @@
       if (record.trained === true) facts.push(["", "trained on"]);
       if (record.trained === false) facts.push(["warn", "not trained on"]);
       if (record.restarts) facts.push(["warn", `environment restarted ${record.restarts}×`]);
-      const title = el("h3", {}, EPO.visible(String(record.task)));
+      const title = el("h3", {}, V.shortened(record.task));
       const where = `step ${record.step}, ${place + 1} of ${group.length} of this task`;
-      const goal = record.goal ? el("span", {}, " · goal: ", EPO.visible(String(record.goal))) : "";
+      const goal = record.goal ? el("span", {}, " · goal: ", V.shortened(record.goal)) : "";
       const box = el(
         "div",
         { class: "summary" },
