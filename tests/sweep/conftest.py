@@ -23,7 +23,7 @@ model:
 imitation: {demonstrations: 4, batches: 20, batch_size: 4, learning_rate: 0.005}
 rollout: {tasks_per_step: 4}
 optimizer: {learning_rate: 0.001, minibatches: 2}
-evaluation: {every: 1, episodes: 4, splits: [iid]}
+evaluation: {every: 0, episodes: 4, splits: [iid]}
 """
 
 SWEEP = """
@@ -89,7 +89,7 @@ def epo(start_epo: Start) -> Callable[..., Result]:
 
     def run(*arguments: str) -> Result:
         process = start_epo(*arguments)
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=600)
         return Result(process.returncode, out, err)
 
     return run

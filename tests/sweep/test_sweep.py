@@ -13,6 +13,10 @@ from typing import Any
 
 import pytest
 
+from epo.errors import UserError
+from epo.sweep.folder import State, SweepFolder
+from epo.sweep.plan import load_sweep
+
 Start = Callable[..., "subprocess.Popen[str]"]
 FOLDER = Path("sweeps/two")
 RUNS = ["plain--seed0", "bonus--seed0", "plain--seed1", "bonus--seed1"]
@@ -41,7 +45,7 @@ def states(result: Any) -> dict[str, str]:
 
 
 def wait_for(what: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not what():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -70,10 +74,10 @@ def test_killed_and_run_again_it_ends_as_if_nothing_had_happened(epo: Callable[.
     arguments = ("sweep", "two.yaml", "--sweeps", str(Path("sweeps").absolute()))
     process = start_epo(*arguments, "--parallel", "1")
     wait_for(lambda: len(steps(RUNS[1])) >= 3, process)
-    process.kill()  # the sweep is gone, the run it had started is not
-    [left] = processes_in(FOLDER.absolute())
-    os.kill(left, signal.SIGSTOP)
+    process.kill()
     process.wait()
+    [left] = processes_in(FOLDER.absolute())  # the sweep is gone, the run it had started is not
+    os.kill(left, signal.SIGSTOP)
     refused = epo(*arguments)
     assert refused.code == 2 and "is at work in" in refused.err
     os.kill(left, signal.SIGKILL)
@@ -95,52 +99,56 @@ def test_killed_and_run_again_it_ends_as_if_nothing_had_happened(epo: Callable[.
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_every_run_with_a_checkpoint(number: int, epo: Callable[..., Any], start_epo: Start) -> None:
+def test_a_signal_ends_every_run_with_a_checkpoint(number: int, start_epo: Start) -> None:
     set_steps(300)
     process = start_epo("sweep", "two.yaml")
     wait_for(lambda: bool(steps(RUNS[0])), process)
     # Ctrl-C reaches every process of the terminal's foreground group; SIGTERM comes to the one that is named.
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "stopping after the current steps" in err and "Traceback" not in err
     done = steps(RUNS[0])
     assert done == list(range(1, len(done) + 1)) and len(done) < 300
     assert (FOLDER / RUNS[0] / "checkpoints" / f"step_{len(done):06d}").is_dir()
-    listed = epo("sweep", "two.yaml", "--dry-run", "--json")
-    assert states(listed)[RUNS[0]] == "unfinished"
-    assert "failed" not in states(listed).values()
+    folder, sweep = SweepFolder(FOLDER), load_sweep(Path("two.yaml"))
+    assert folder.state(sweep.runs()[0]) is State.STOPPED and folder.failures() == {}
 
 
 def test_what_fails_is_named_and_run_again_on_request(epo: Callable[..., Any]) -> None:
-    Path("two.yaml").write_text(
-        "name: two\nrecipe: minute.yaml\nseeds: [0]\narms:\n  good: {}\n  bad: {model.path: ./nowhere}\n"
-    )
+    Path("two.yaml").write_text("name: two\nrecipe: minute.yaml\nseeds: [0]\narms:\n  bad: {model.path: ./nowhere}\n")
     first = epo("sweep", "two.yaml", "--json")
     assert first.code == 1
-    assert states(first) == {"good--seed0": "finished", "bad--seed0": "failed"}
+    assert states(first) == {"bad--seed0": "failed"}
     assert "failed: bad--seed0: exit code 2" in first.err and "nowhere" in first.err and "--retry" in first.err
     second = epo("sweep", "two.yaml", "--json")
     assert second.code == 1 and "failed before" in second.err and "bad--seed0: started" not in second.err
     third = epo("sweep", "two.yaml", "--retry")
-    assert third.code == 1 and "bad--seed0: started" in third.err and "good--seed0: was finished before" in third.err
+    assert third.code == 1 and "bad--seed0: started" in third.err
 
 
-def test_a_sweep_may_grow_but_not_change(epo: Callable[..., Any]) -> None:
-    text = Path("two.yaml").read_text().replace("seeds: [0, 1]", "seeds: [0]")
-    Path("two.yaml").write_text(text)
-    assert epo("sweep", "two.yaml").code == 0
-    Path("two.yaml").write_text(text.replace("0.01", "0.02"))
-    changed = epo("sweep", "two.yaml")
-    assert changed.code == 2 and "entropy.coefficient (0.01 then, 0.02 now)" in changed.err
-    Path("two.yaml").write_text(text.replace("seeds: [0]", "seeds: [0, 3]") + "  third: {entropy: {method: epo}}\n")
-    grown = epo("sweep", "two.yaml", "--json")
-    assert grown.code == 0, grown.err
-    assert len(states(grown)) == 6 and set(states(grown).values()) == {"finished"}
+def test_a_sweep_may_grow_but_not_change() -> None:
+    text, folder, file = Path("two.yaml").read_text(), SweepFolder(FOLDER), Path("two.yaml")
+    with folder.locked():
+        folder.prepare(load_sweep(file))
+    before = (FOLDER / "arms" / "bonus.yaml").read_text()
+    file.write_text(text.replace("0.01", "0.02").replace("[0, 1]", "[0, 1, 2]"))
+    with folder.locked(), pytest.raises(UserError, match=r"'bonus'.*entropy.coefficient \(0.01 then, 0.02 now\)"):
+        folder.prepare(load_sweep(file))
+    assert (FOLDER / "arms" / "bonus.yaml").read_text() == before
+    assert "seeds:\n- 0\n- 1\narms" in (FOLDER / "sweep.yaml").read_text().replace("set: {}\n", "")
+    file.write_text(text.replace("[0, 1]", "[5, 0]") + "  third: {entropy: {method: epo}}\n")
+    with folder.locked():
+        folder.prepare(load_sweep(file))
+    assert sorted(path.name for path in (FOLDER / "arms").iterdir()) == ["bonus.yaml", "plain.yaml", "third.yaml"]
+
+
+def test_a_folder_that_is_no_sweep_is_left_alone() -> None:
     Path("other").mkdir()
     (Path("other") / "file").write_text("mine")
-    refused = epo("sweep", "two.yaml", "--name", "other", "--sweeps", ".")
-    assert refused.code == 2 and "is no sweep" in refused.err
+    with pytest.raises(UserError, match="is no sweep"), SweepFolder(Path("other")).locked():
+        pass
+    assert [path.name for path in Path("other").iterdir()] == ["file"]
 
 
 def test_nothing_is_written_by_a_dry_run(epo: Callable[..., Any]) -> None:
