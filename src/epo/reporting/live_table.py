@@ -231,7 +231,7 @@ _COLUMNS = (
     _plain("KL", "KL", "policy/kl", ".4f", 3),
     _plain("clipped", "clip", "policy/clip_fraction", ".1%", 9),
     _plain("gradient", "grad", "policy/grad_norm", ".2f", 7),
-    _plain("expl. var.", "e.v.", "value/explained_variance", ".2f", 10),
+    _plain("explained", "e.v.", "value/explained_variance", ".2f", 10),
     _plain("invalid", "inv", "turns/invalid", ".1%", 4),
     _plain("tokens/s", "tok/s", "tokens/per_second", ".0f", 8),
 )

@@ -22,6 +22,8 @@ from epo.reporting.text import visible, visible_lines
 
 FOLD_AT = 4000
 """Characters of an observation, and tokens of a response, that are shown of longer ones."""
+FOLD_LINES = 100
+"""Lines of an observation, likewise."""
 
 _DIM = Style(dim=True)
 _TRAINED = Style(underline=True)
@@ -117,7 +119,7 @@ class TrajectoryView:
         self._scale = scale
         self._coloured = coloured
         self._top = top
-        self._limit = None if whole else FOLD_AT
+        self._whole = whole
         self._wants_mask = mask
         self._mask = loss_mask(record) if mask else None
 
@@ -196,7 +198,8 @@ class TrajectoryView:
         text = Text()
         values = turn.get(self._scale.field)
         ids = turn["response_ids"]
-        for place, token in enumerate(ids[: self._limit]):
+        shown = ids if self._whole else ids[:FOLD_AT]
+        for place, token in enumerate(shown):
             piece = self._piece(token)
             level = None
             if values is not None and values[place] is not None:
@@ -209,8 +212,8 @@ class TrajectoryView:
             else:
                 text.append(f"‹{piece}›{'-' if level is None else level}")
             text.append("\n" * piece.count("␊"))
-        if self._limit is not None and len(ids) > self._limit:
-            text.append(f" … {len(ids) - self._limit} more tokens (--whole)")
+        if len(ids) > len(shown):
+            text.append(f" … {len(ids) - len(shown)} more tokens (--whole)")
         return text
 
     def _style(self, level: int | None, *, is_trained: bool | None) -> Style:
@@ -248,10 +251,11 @@ class TrajectoryView:
         yield table
 
     def _folded(self, text: str) -> str:
-        limit = self._limit
-        if limit is None or len(text) <= limit:
+        if self._whole:
             return visible_lines(text)
-        return f"{visible_lines(text[:limit])}\n… {len(text) - limit} more characters (--whole)"
+        head = "\n".join(text[:FOLD_AT].split("\n", FOLD_LINES)[:FOLD_LINES])
+        rest = len(text) - len(head)
+        return visible_lines(head) + (f"\n… {rest} more characters (--whole)" if rest else "")
 
 
 def _percent(logprob: float | None) -> str:

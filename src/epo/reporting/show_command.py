@@ -113,9 +113,7 @@ def _address(target: str, *, step: int | None, row: int | None) -> tuple[Path, i
         raise UserError(f"there is no {str(path)!r}{_near(path)}")
     if path.is_dir():
         if given is not None:
-            raise UserError(
-                f"{target!r}: {str(path)!r} is a folder: add --step and --row, or name one of its step files"
-            )
+            raise UserError(f"{str(path)!r} is a folder: add --step and --row {given}, or name one of its step files")
         return path, step, row
     if not re.fullmatch(r"step_\d+\.jsonl", path.name):
         raise UserError(
