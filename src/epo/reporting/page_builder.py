@@ -137,10 +137,7 @@ def json_for_html(value: Any) -> str:
 
 
 def _asset(name: str) -> str:
-    file = resources.files("epo.reporting") / "page" / name
-    if not file.is_file():
-        return ""
-    text = file.read_text(encoding="utf-8")
+    text = (resources.files("epo.reporting") / "page" / name).read_text(encoding="utf-8")
     return _as_parsed(text) if name.endswith(".js") else text
 
 
