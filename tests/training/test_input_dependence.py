@@ -112,7 +112,7 @@ def test_a_sample_has_different_tasks_different_prompts_and_room(minute_config: 
     made += groups(np.random.default_rng(2), count=1)  # a task that was drawn twice
     owner = {id(turn): g.task.id for g in made for t in g.trajectories for turn in t.turns}
     seen = set()
-    for step in range(50):
+    for step in range(300):
         sample = sample_turns(made, config, step=step)
         again = sample_turns(made, config, step=step)
         assert [id(t) for t in sample] == [id(t) for t in again]

@@ -95,7 +95,7 @@ _ALARMS = (
     Alarm(
         name="reward_variance",
         title="Reward variance cliff",
-        definition="For 3 steps the standard deviation of rewards (within task groups; over the step where groups "
+        definition="For 5 steps the standard deviation of rewards (within task groups; over the step where groups "
         "have one episode) is below a quarter of the best level the run had (highest median of 10 steps), "
         "while fewer than 95 % of the episodes succeed.",
         threshold="share 0.25",
@@ -105,7 +105,7 @@ _ALARMS = (
         "group_size, algorithm.filter=snr or starpo_s, and look whether the agent repeats one behaviour "
         "everywhere",
         needs=("reward/std", "success/train"),
-        persistence=3,
+        persistence=5,
     ),
     Alarm(
         name="gradient_spike",
