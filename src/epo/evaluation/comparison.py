@@ -153,7 +153,8 @@ class Comparison:
             theirs = self.scores(baseline, split)
             if theirs:
                 relative = relative_change(mean, float(np.concatenate(list(theirs.values())).mean()))
-            if pairs := [(scores[key], theirs[key]) for key in scores if key in theirs]:
+            pairs = [(scores[key], theirs[key]) for key in scores if key in theirs]
+            if any(min(map(len, pair)) >= 2 for pair in pairs):  # one pair of runs is no probability
                 better = improvement_probability(pairs)
         return {
             "arm": arm.name,
