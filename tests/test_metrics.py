@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from epo.reporting.metrics import entropy_oscillation, rollout_metrics
+from epo.reporting.metrics import entropy_oscillation, repetition, reward_std, rollout_metrics
 from epo.training.learner import learning_rate_factor
 from epo.types import StopReason, Task, Trajectory, TrajectoryGroup, Turn
 
@@ -51,12 +51,17 @@ def test_rollout_metrics_by_hand():
     found = rollout_metrics([group(won, stuck), group(short, lost)])
     expected = {
         "reward/mean": (1.0 - 0.25) / 4,
+        # Of the one group with two to compare: 1 and -0.25.
+        "reward/std": 0.625,
         "success/train": 1 / 4,
         "score/train": 1.5 / 4,
         "turns/mean": 8 / 4,
         "turns/invalid": 1 / 8,
         "turns/not_understood": 1 / 8,
+        "turns/repeated": 4 / 4,
         "response/tokens": (8 + 3 + 1 + 1) / 8,
+        "response/tokens_max": 3.0,
+        "response/repetition": 0.0,
         "groups/all_equal": 0.0,
         "episodes": 4.0,
         "episodes/restarts": 2.0,
@@ -97,6 +102,45 @@ def test_groups_without_a_signal():
     ]
     assert rollout_metrics(made)["groups/all_equal"] == pytest.approx(2 / 3)
     assert rollout_metrics([group(earning(1))])["groups/all_equal"] == 0.0
+
+
+def test_rewards_deviate_within_groups_or_where_there_are_none_over_the_step():
+    def earning(*rewards: float) -> TrajectoryGroup:
+        return group(*(Trajectory(task=TASK, turns=[turn([1.0], reward=reward)]) for reward in rewards))
+
+    assert reward_std([earning(1, 1), earning(0, 0)]) == 0.0
+    assert reward_std([earning(1, 0), earning(0, 0), earning(7)]) == pytest.approx((0.5 + 0.0) / 2)
+    assert reward_std([earning(1), earning(0)]) == pytest.approx(0.5)
+    assert reward_std([]) == reward_std([group()]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("ids", "share"),
+    [
+        ([], 0.0),
+        ([1, 1, 1], 0.0),
+        ([1, 2, 3, 4, 5, 6], 0.0),
+        ([1, 1, 1, 1, 1, 1], 2 / 3),  # one 4-gram three times
+        ([1, 2, 1, 2, 1, 2, 1], 2 / 4),  # 1212 2121 1212 2121
+        ([1, 2, 3, 4, 9, 1, 2, 3, 4], 1 / 6),
+    ],
+)
+def test_repetition_is_the_share_of_4_grams_that_were_there_before(ids: list[int], share: float):
+    assert repetition(ids) == pytest.approx(share)
+
+
+def test_repetition_is_over_responses_that_can_repeat():
+    turns = [turn([0.0] * 6), turn([0.0] * 6), turn([0.0] * 4)]
+    turns[0].response_ids = np.ones(6, dtype=np.int64)
+    assert rollout_metrics([group(Trajectory(task=TASK, turns=turns))])["response/repetition"] == pytest.approx(1 / 3)
+
+
+def test_a_repeated_turn_tries_again_what_changed_nothing():
+    episode = Trajectory(task=TASK, turns=[turn([1.0]) for _ in range(5)])
+    for made, seen, done in zip(episode.turns, "aaabb", "xxxxy", strict=True):
+        made.observation, made.action = seen, done
+    # The second and the third; the fourth sees something else, the fifth does something else.
+    assert rollout_metrics([group(episode)])["turns/repeated"] == pytest.approx(2 / 4)
 
 
 def test_nothing_sampled_has_no_entropy():
