@@ -81,7 +81,8 @@ class Guard:
             assert self._cookie is not None
             response.set_cookie(self._cookie, self._token, httponly=True, samesite="strict", path="/")
             return response
-        if self._has_cookie(headers):
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        if self._has_cookie(headers) or (scheme.lower() == "bearer" and self._matches(given)):
             return None
         return error("this page needs the token: open the whole address that epo watch printed", 401)
 
