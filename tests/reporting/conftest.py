@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 from browser import DESKTOP, launched, watch
 from page_runs import make_run
-from playwright.sync_api import Browser, Page, ViewportSize
+from playwright.sync_api import Browser, Page, ViewportSize, expect
 
 from epo.reporting.report import write_report
 from epo.reporting.run_reader import read_run
+
+# A busy machine takes its time.
+expect.set_options(timeout=20_000)
 
 Open = Callable[..., Page]
 
@@ -42,7 +45,7 @@ def open_page(browser: Browser) -> Iterator[Open]:
         context = browser.new_context(viewport=size, color_scheme=theme, has_touch=has_touch)  # pyright: ignore
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(30_000)  # a busy machine takes its time
         watch(page, problems, server=server)
         url = address.as_uri() if isinstance(address, Path) else address
         page.goto(url + (f"#{fragment}" if fragment else ""))
