@@ -12,23 +12,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
-from viewer_run import Vocabulary, make_records, without_new_keys, write_run
-
-from epo.reporting.report import write_report
-from epo.reporting.run_reader import read_run
+from browser import DESKTOP, PHONE, watch
+from playwright.sync_api import Browser, Page, ViewportSize, expect
+from viewer_run import Vocabulary, make_records, without_new_keys, write_run, write_viewer_report
 
 EMBEDDED = [1, 4, 5]
-NARROW = {"width": 400, "height": 800}
-WIDE = {"width": 1280, "height": 900}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +45,7 @@ def report(tmp_path_factory: pytest.TempPathFactory, vocabulary: Vocabulary, ste
         write_run(folder / "demo", steps, vocabulary.pieces, *grpo),
         write_run(folder / "old", old, None, with_index=False),
     ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("plotly.offline.get_plotlyjs", lambda: "")  # 4 MB that the viewer does not use
-        write_report(folder / "report.html", [read_run(run) for run in runs], steps=EMBEDDED)
-    return (folder / "report.html").as_uri()
+    return write_viewer_report(folder / "report.html", *runs, steps=EMBEDDED)
 
 
 Open = Callable[..., Page]
@@ -73,14 +58,13 @@ def visit(browser: Browser, report: str) -> Iterator[Open]:
     pages: dict[tuple[str, int], Page] = {}
     problems: list[str] = []
 
-    def go(address: str = "", *, theme: str = "light", size: dict[str, int] | None = None) -> Page:
-        size = size or WIDE
+    def go(address: str = "", *, theme: str = "light", size: ViewportSize = DESKTOP) -> Page:
         key = (theme, size["width"])
         if key not in pages:
             context = browser.new_context(viewport=size, color_scheme=theme)
-            context.set_default_timeout(5000)
+            context.set_default_timeout(30_000)
             page = context.new_page()
-            watch_for_problems(page, problems)
+            watch(page, problems)
             page.goto(f"{report}#trajectories?{address}")
             pages[key] = page
         else:
@@ -94,12 +78,6 @@ def visit(browser: Browser, report: str) -> Iterator[Open]:
     for page in pages.values():
         page.context.close()
     assert problems == []
-
-
-def watch_for_problems(page: Page, problems: list[str]) -> None:
-    page.on("console", lambda message: problems.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("dialog", lambda dialog: (problems.append(f"dialog {dialog.message}"), dialog.dismiss()))
 
 
 def title(page: Page) -> str:
@@ -344,7 +322,7 @@ def test_group_side_by_side(visit: Open, steps: dict[int, Any]) -> None:
 
 
 def test_group_at_400_pixels_is_one_below_the_other(visit: Open) -> None:
-    page = visit("run=0&step=4&row=5&compare=1", size=NARROW)
+    page = visit("run=0&step=4&row=5&compare=1", size=PHONE)
     boxes = [page.locator(".member").nth(m).bounding_box() for m in range(4)]
     assert len({box["x"] for box in boxes}) == 1
     assert all(above["y"] + above["height"] <= below["y"] + 1 for above, below in itertools.pairwise(boxes))
@@ -353,7 +331,7 @@ def test_group_at_400_pixels_is_one_below_the_other(visit: Open) -> None:
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_narrow_window_has_no_sideways_scrolling(visit: Open, theme: str) -> None:
-    page = visit("run=0&step=4&row=1", theme=theme, size=NARROW)
+    page = visit("run=0&step=4&row=1", theme=theme, size=PHONE)
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
     page.locator(".list-row").nth(2).click()
     expect(page.locator(".summary")).to_be_in_viewport()
