@@ -380,4 +380,6 @@ def test_long_texts_are_folded_unless_the_whole_is_asked_for(name: str):
     kept = FOLD_LINES - 1 if text.startswith("\n") else FOLD_AT
     assert f"{len(text) - kept} more characters" in folded
     assert len(folded) < 10 * FOLD_AT
-    assert "more characters" not in printed(view(record(turn([1, 0], observation=text[:FOLD_LINES]))), coloured=True)
+    assert "more characters" not in printed(
+        view(record(turn([1, 0], observation=text[: FOLD_LINES - 1]))), coloured=True
+    )

@@ -10,7 +10,7 @@ import json
 import math
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -158,7 +158,9 @@ class Loggers:
         try:
             yield
         except Exception as error:  # dozens of kinds, of three libraries, the disk and the network
-            self._loggers.pop(name, None)
+            if (lost := self._loggers.pop(name, None)) is not None:
+                with suppress(Exception):
+                    lost.close()
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             self._note(f"no more numbers go to {name} ({reason}); the run goes on, and --resume takes it up again")
 

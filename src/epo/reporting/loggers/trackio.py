@@ -23,6 +23,8 @@ class TrackioLogger:
     repeats = False
 
     def __init__(self, run: LoggedRun) -> None:
+        # trackio swallows its failures and warns; `_check` makes one note of them.
+        warnings.filterwarnings("ignore", module=r"trackio\b")
         with _kept_here(), _quiet():
             import trackio
 
@@ -35,16 +37,16 @@ class TrackioLogger:
                 auto_log_gpu=False,
                 auto_log_cpu=False,
             )
-        # trackio swallows its failures and warns; `_check` makes one note of them.
-        warnings.filterwarnings("ignore", module=r"trackio\b")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
         self._check()
 
     def close(self) -> None:
+        import trackio
+
         with _quiet():
-            self._run.finish()
+            trackio.finish()  # not the run's own: this one also keeps trackio from finishing it again at exit
         self._check()
 
     def _check(self) -> None:
