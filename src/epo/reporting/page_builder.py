@@ -11,6 +11,7 @@ import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from importlib import resources
 from importlib.metadata import version
 from typing import Any, Literal
@@ -80,10 +81,8 @@ def render_page(page: Mapping[str, Any], *, blobs: Mapping[str, str]) -> tuple[s
         UserError: plotly is not installed.
     """
     require_plotly()
-    from plotly.offline import get_plotlyjs
-
-    scripts = [_as_parsed(get_plotlyjs()), *(_asset(f"{name}.js") for name in SCRIPTS)]
-    csp = content_security_policy(scripts, connect=page["mode"] == "live")
+    scripts, hashes = _scripts()
+    csp = content_security_policy(hashes, connect=page["mode"] == "live")
     environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
     html = environment.from_string(_asset("index.html.j2")).render(
         title=page["title"],
@@ -109,14 +108,17 @@ def render_page(page: Mapping[str, Any], *, blobs: Mapping[str, str]) -> tuple[s
     return html, csp
 
 
-def content_security_policy(scripts: Sequence[str], *, connect: bool) -> str:
-    """A policy under which nothing runs but `scripts`, and nothing is loaded but data from the page's own server."""
+def content_security_policy(hashes: Sequence[str], *, connect: bool) -> str:
+    """A policy under which nothing runs but scripts of these SHA-256 hashes, and nothing is loaded.
+
+    With `connect` the page may ask its own server.
+    """
     allowed = "'self'" if connect else "'none'"
-    hashes = " ".join(f"'sha256-{script_hash(script)}'" for script in scripts)
+    sources = " ".join(f"'sha256-{digest}'" for digest in hashes)
     return "; ".join(
         (
             "default-src 'none'",
-            f"script-src {hashes}",
+            f"script-src {sources}",
             "style-src 'unsafe-inline'",
             "img-src data: blob:",
             f"connect-src {allowed}",
@@ -126,14 +128,19 @@ def content_security_policy(scripts: Sequence[str], *, connect: bool) -> str:
     )
 
 
-def script_hash(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-
-
 def json_for_html(value: Any) -> str:
     """Strict JSON that can stand between script tags: ASCII, without the characters that HTML gives a meaning."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+@cache
+def _scripts() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What runs in a page, and the hashes of it."""
+    from plotly.offline import get_plotlyjs
+
+    texts = (_as_parsed(get_plotlyjs()), *(_asset(f"{name}.js") for name in SCRIPTS))
+    return texts, tuple(base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts)
 
 
 def _asset(name: str) -> str:
