@@ -45,6 +45,7 @@ class SweepRunner:
         parallel: runs at once.
         retry: also run those that failed before.
         lock: file descriptor of the folder's lock, which the runs keep open.
+        program: the `epo` command.
     """
 
     folder: SweepFolder
@@ -53,6 +54,7 @@ class SweepRunner:
     parallel: int
     retry: bool
     lock: int
+    program: tuple[str, ...] = (sys.executable, "-m", "epo")
     _active: dict[PlannedRun, subprocess.Popen[bytes]] = field(default_factory=dict)
     _signals: int = 0
     _passed_on: int = 0
@@ -86,7 +88,7 @@ class SweepRunner:
         return False
 
     def _start(self, run: PlannedRun) -> None:
-        command = [sys.executable, "-m", "epo", *self.folder.command(run)]
+        command = [*self.program, *self.folder.command(run)]
         self.folder.set_failure(run, None)
         log = self.folder.log(run)
         log.parent.mkdir(exist_ok=True)
