@@ -94,7 +94,7 @@ BAD: dict[str, tuple[int, Callable[[int, dict[str, float]], Mapping[str, float]]
     "invalid_actions": (2, lambda i, m: {"turns/invalid": min(1.0, 0.1 + 0.1 * i)}),
     "length": (3, lambda i, m: {"response/tokens": m["response/tokens"] * 1.3 ** (1 + i)}),
     "repetition": (2, lambda i, m: {"response/repetition": min(1.0, 0.1 + 0.1 * i)}),
-    "template_collapse": (4, lambda i, m: {"input/mutual_information": 0.05, "success/train": 0.6}),
+    "template_collapse": (7, lambda i, m: {"input/mutual_information": 0.05, "success/train": 0.6}),
     "sampler_mismatch": (0, lambda i, m: {"sampler/mismatch_kl": 0.05}),
     "equal_groups": (5, lambda i, m: {"groups/all_equal": 0.95, "success/train": 0.5}),
     "dead_critic": (10, lambda i, m: {"value/explained_variance": -0.001}),
@@ -116,17 +116,36 @@ def test_slow_changes_are_seen_where_they_are_meant():
     assert {n for v in judge(fading) for n in v.began} == {"reward_variance"}
 
 
-def test_an_entropy_eruption_on_record():
-    """SmolLM2-135M on ScienceWorld, 16 episodes a step: entropy 0.06 at first, 0.75 at step 12, then in cycles."""
-    verdicts = judge(recorded("smollm2-scienceworld"))
-    on = {name: [v.step for v in verdicts if name in v.active] for name in NAMES}
-    assert set(range(12, 22)) <= set(on["entropy_eruption"]) and min(on["entropy_eruption"]) == 7
-    assert min(on["entropy_oscillation"]) == 12 and min(on["invalid_actions"]) == 12
-    assert {name for name, steps in on.items() if steps} == {
-        "entropy_eruption",
-        "entropy_oscillation",
-        "invalid_actions",
-    }
+BAD_ON_RECORD: dict[str, dict[str, int]] = {
+    # run: the first step of every alarm that was on
+    # SmolLM2-135M on ScienceWorld, 16 episodes a step: entropy 0.06 at first, 0.75 at step 12, then in cycles.
+    "smollm2-scienceworld": {"entropy_eruption": 7, "entropy_oscillation": 12, "invalid_actions": 12},
+    # The tiny model on ScienceWorld, PPO without entropy control, 24 episodes a step: entropy 0.36 at step 3, 1.5 at
+    # step 6; success halves, then recovers.
+    "bad-scienceworld-ppo": {
+        **{"entropy_eruption": 5, "entropy_oscillation": 5, "invalid_actions": 5},
+        "cascade": 6,
+    },
+    # GRPO in the corridor with too high a learning rate: entropy 1.4 to 4.7 at once, then an agent that is stuck.
+    "bad-corridor-grpo": {
+        **{"entropy_eruption": 4, "invalid_actions": 4, "length": 5},
+        **{"template_collapse": 12, "repetition": 14},
+    },
+    # PPO with EPO in a longer corridor after too short a warm start: never sees the goal, never minds the prompt.
+    "bad-corridor-ppo-epo": {
+        **{"entropy_eruption": 11, "invalid_actions": 11, "length": 11},
+        **{"template_collapse": 11, "gradient_spike": 13},
+    },
+}
+
+
+@pytest.mark.parametrize("name", BAD_ON_RECORD)
+def test_bad_runs_on_record(name: str):
+    began: dict[str, int] = {}
+    for verdict in judge(recorded(name)):
+        for alarm in verdict.began:
+            began.setdefault(alarm, verdict.step)
+    assert began == BAD_ON_RECORD[name]
 
 
 @pytest.mark.parametrize("cut", [0, 1, 7, 12, 13, 20, 25])
@@ -167,7 +186,7 @@ def test_nothing_is_judged_that_is_not_there():
 
 def test_first_steps_do_not_cry_wolf():
     """Comparisons wait for `warmup` earlier steps; what needs none does not wait."""
-    jump = [{"entropy/mean": h, "response/tokens": 10 * h} for h in (0.1, 0.1, 0.1, 0.1, 5.0)]
+    jump = [{"entropy/mean": h, "response/tokens": 10 * h} for h in (0.1, 0.1, 5.0)]
     assert not any(v.active for v in judge(jump))
     assert set(judge([{"entropy/mean": 0.1}, *jump])[-1].active) == {"entropy_eruption"}
     assert set(judge([{"sampler/mismatch_kl": 1.0}])[0].active) == {"sampler_mismatch"}

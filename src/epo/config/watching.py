@@ -38,7 +38,7 @@ class HealthConfig(Section):
     prompts: int = Field(default=4, ge=0, le=64)
     """Different tasks whose responses are scored under each other's prompts every step, for the mutual information of
     what the policy reads and writes; the cost grows with the square. 0 leaves it out."""
-    warmup: int = Field(default=5, ge=3)
+    warmup: int = Field(default=3, ge=3)
     """Steps before anything is compared with earlier steps."""
     window: int = Field(default=10, ge=3)
     """Steps whose median is what a step is compared with."""

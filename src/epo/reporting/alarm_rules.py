@@ -40,10 +40,8 @@ LENGTH_RISE = 2.0
 """Least rise of the mean response that is called one, tokens."""
 LEAST_SPIKE = 1.0
 """Gradient norm below which no jump is called a spike: the usual clipping norm."""
-LEAST_INFORMATION = 0.1
-"""Mutual information below which there was never any to lose, nats per response."""
-RECENT = 5
-"""Steps whose median stands for the present where single steps are very noisy."""
+LEAST_INFORMATION = 0.02
+"""Mutual information below which responses do not depend on prompts, whatever the run began with; nats per response."""
 
 Floats = NDArray[np.float64]
 Rule = Callable[["Series", "HealthConfig"], "Reading | None"]
@@ -121,7 +119,7 @@ def surge(
     def limit_over(reference: Floats, times: float) -> float:
         middle = float(np.median(reference))
         noise = 1.4826 * float(np.median(np.abs(reference - middle)))
-        return max(times * middle, middle + max(rise, SIGMAS * noise))
+        return max(times * middle, max(middle, 0.0) + max(rise, SIGMAS * noise))  # a gap may be negative
 
     limit = limit_over(before[-config.window :], factor)
     if slow and len(before) >= config.window:
@@ -219,13 +217,10 @@ def repetition(series: Series, config: HealthConfig) -> Reading | None:
 def template_collapse(series: Series, config: HealthConfig) -> Reading | None:
     metric = "input/mutual_information"
     now, before = series.last(metric), series.before(metric)
-    if now is None or len(before) < config.warmup + RECENT:
+    if now is None or len(before) < config.window:
         return None
-    best = best_level(before, config.window)
-    if best < LEAST_INFORMATION:
-        return None
-    recent = float(np.median([*before[1 - RECENT :], now]))
-    limit = config.template_collapse * best
+    recent = float(np.median([*before[1 - config.window :], now]))  # a few responses a step are a noisy estimate
+    limit = max(config.template_collapse * best_level(before, config.window), LEAST_INFORMATION)
     return below(metric, recent, limit, unless=series.is_solved)
 
 

@@ -57,7 +57,7 @@ _ALARMS = (
         name="entropy_collapse",
         title="Entropy collapse",
         definition="For 3 steps the entropy per token is below a tenth of what the run began with (median of its "
-        "first 5 steps), or below 0.01 nats, while fewer than 95 % of the episodes succeed.",
+        "first 3 steps), or below 0.01 nats, while fewer than 95 % of the episodes succeed.",
         threshold="share 0.1",
         source=f"The Entropy Mechanism of RL for Reasoning LMs, arXiv 2505.22617; {OURS}",
         advice="raise entropy.coefficient, give entropy.kappa_low a floor above 0, or try "
@@ -158,9 +158,9 @@ _ALARMS = (
     Alarm(
         name="template_collapse",
         title="Template collapse",
-        definition="The mutual information of what the policy reads and writes (median of 5 steps) is below a "
-        "quarter of the best level the run had (highest median of 10 steps), while fewer than 95 % of the "
-        "episodes succeed.",
+        definition="The mutual information of what the policy reads and writes (median of the last 10 steps) is "
+        "below a quarter of the best level the run had (highest median of 10 earlier steps), or below 0.02 nats per "
+        "response, while fewer than 95 % of the episodes succeed.",
         threshold="share 0.25",
         source=f"{RAGEN_2} (in-batch cross-scoring); {OURS}",
         advice="responses no longer depend on the input, though entropy may look well: train on groups whose "
@@ -196,7 +196,7 @@ _ALARMS = (
         name="dead_critic",
         title="Dead critic",
         definition="The critic explained less than 1 % of the variance of returns in every one of the last 10 steps "
-        "whose returns varied (at least half as much as they ever did); the first 5 steps are let pass.",
+        "whose returns varied (at least half as much as they ever did); the first 3 steps are let pass.",
         threshold="0.01",
         source="explained variance as in cleanrl and Stable-Baselines3: 0 is no better than a constant, negative "
         f"worse; {OURS}",
