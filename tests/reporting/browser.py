@@ -59,3 +59,19 @@ def watch(page: Page, problems: list[str], *, server: str | None = None) -> None
     page.on("pageerror", lambda error: problems.append(f"error: {error}"))
     page.on("dialog", lambda dialog: (problems.append(f"dialog: {dialog.message}"), dialog.dismiss()))
     page.on("request", lambda request: on_request(request.url))
+
+
+def point_at(page: Page, chart: str, *, text: str) -> str:
+    """Move over a chart until its label shows `text`, and return the label. Charts may still be at work when they are
+    first pointed at, so the pointer moves on until they answer."""
+    area = page.locator(f"#chart-{chart} .nsewdrag").first
+    area.scroll_into_view_if_needed()
+    label = page.locator(f"#chart-{chart} .hoverlayer")
+    for attempt in range(100):
+        box = area.bounding_box()
+        assert box is not None
+        page.mouse.move(box["x"] + box["width"] * (0.4 + 0.002 * attempt), box["y"] + box["height"] / 2)
+        page.wait_for_timeout(100)
+        if text in (found := label.text_content() or ""):
+            return found
+    raise AssertionError(f"{chart}: no label with {text!r}")

@@ -20,7 +20,7 @@ from epo.reporting.health import ALARMS
 from epo.reporting.trajectories import index_entry
 
 TURNS = 8
-EPISODES = 64
+EPISODES = 50  # shares are whole per cents
 STAGES = ("environment", "prefill", "decode", "sampling_rest", "old_logprobs", "values", "update", "other")
 PROVENANCE = {
     "packages": {"epo-agents": "0.1.0", "torch": "2.13.0", "peft": None},

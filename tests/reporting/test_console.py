@@ -71,7 +71,7 @@ def show(pause: Callable[[], None], **options: Any) -> None:
         (80, "step succ reward H early→late H_ref out KL clip grad e.v. inv tok/s"),
         (
             120,
-            "step success reward entropy early→late reference outside KL clipped gradient expl. var. invalid tokens/s",
+            "step success reward entropy early→late reference outside KL clipped gradient explained invalid tokens/s",
         ),
         (40, "step succ reward early→late KL inv"),
     ],

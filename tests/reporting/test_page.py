@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import DESKTOP, PHONE
+from browser import DESKTOP, PHONE, point_at
 from page_runs import make_run
 from payloads import PAYLOADS
 from playwright.sync_api import Page, expect
@@ -113,7 +113,7 @@ def test_setup_marks_what_differs_between_runs(open_page: Open, comparison_repor
     row = page.locator(".diff tr", has_text="entropy.method")
     assert row.locator("td").all_inner_texts() == ["none", "epo"]
     assert page.locator(".diff tr", has_text="optimizer.learning_rate").count() == 0
-    marked = page.locator(".config").last.locator("mark").all_inner_texts()
+    marked = page.locator(".config").first.locator("mark").all_text_contents()
     assert "  method: epo" in marked or "  method: none" in marked
 
 
@@ -209,15 +209,7 @@ def test_foreign_texts_stay_texts(open_page: Open, tmp_path: Path) -> None:
     chip = page.locator(".chip").first
     assert "<b>bold</b>" in chip.inner_text()
     expect(page.locator("#panel-charts .main-svg").first).to_be_visible()
-    hover(page, "#chart-reward-mean")
-    expect(page.locator("#chart-reward-mean .hoverlayer")).to_contain_text("<b>bold")
-
-
-def hover(page: Page, chart: str) -> None:
-    """Point at the middle of a chart."""
-    area = page.locator(f"{chart} .nsewdrag").first
-    area.scroll_into_view_if_needed()
-    area.hover()
+    point_at(page, "reward-mean", text="<b>bold</b>")
 
 
 def test_a_report_without_runs_says_so(open_page: Open, tmp_path: Path) -> None:

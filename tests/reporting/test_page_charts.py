@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import DESKTOP
+from browser import DESKTOP, point_at
 from page_runs import make_run
 from playwright.sync_api import Browser, Page, Route, expect
 
@@ -88,13 +89,10 @@ def test_hover_and_numbers(open_page: Open, single_report: Path, runs_folder: Pa
     page = open_page(single_report, "charts")
     run = read_run(runs_folder / "single")
     show(page, "policy-kl")
-    page.locator("#chart-policy-kl .nsewdrag").first.hover()
-    label = page.locator("#chart-policy-kl .hoverlayer")
-    expect(label).to_contain_text("ppo + epo, seed 0")
-    step = int(label.locator("text").first.inner_text().split()[0])
-    value = run.metrics["policy/kl"][run.steps.index(step)]
-    assert value is not None
-    expect(label).to_contain_text(f"{value:.4g}".rstrip("0"))
+    # In one box: the step, then each run with its value.
+    label = point_at(page, "policy-kl", text="ppo + epo, seed 0")
+    step, value = re.fullmatch(r"(\d+) *ppo \+ epo, seed 0 : ([\d.]+)", label.strip()).groups()
+    assert float(value) == pytest.approx(run.metrics["policy/kl"][run.steps.index(int(step))], rel=1e-3)
 
     button = page.get_by_role("button", name="KL of the update: show the numbers")
     button.focus()
@@ -111,7 +109,7 @@ def test_any_metric_is_found_and_kept_in_the_address(open_page: Open, single_rep
     search = page.get_by_role("combobox", name="Add a chart of any metric")
     search.scroll_into_view_if_needed()
     search.fill("grad critic")
-    expect(page.get_by_role("option")).to_have_count(1)
+    expect(page.locator("#metric-list [role=option]")).to_have_count(1)
     page.keyboard.press("Enter")
     show(page, "own-value-grad-norm")
     assert "metrics=value%2Fgrad_norm" in page.url

@@ -39,12 +39,12 @@ def turn(ids: Sequence[int], *, trained: bool = True, **changes: Any) -> dict[st
 
 def record(*turns: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {
-        "step": 1, "group": 0, "task": "doors/1", "goal": "doors", "stop_reason": "failure", "success": False,
-        "score": 0.0, "reward": 0.0, "error": None, "restarts": 0, "trained": True, "turns": list(turns), **changes,
+        "step": 1, "group": 0, "task": "doors/1", "goal": "doors", "instruction": "Find the door.",
+        "stop_reason": "failure", "success": False, "score": 0.0, "reward": 0.0, "error": None, "restarts": 0, "trained": True, "turns": list(turns), **changes,
     }  # fmt: skip
 
 
-OLD_KEYS = ("reward", "trained"), ("advantages", "ratios", "alternatives", "dropped_turns")
+OLD_KEYS = ("reward", "trained", "instruction"), ("advantages", "ratios", "alternatives", "dropped_turns")
 
 
 def old(new: dict[str, Any]) -> dict[str, Any]:
@@ -323,7 +323,7 @@ def test_a_damaged_file_is_named(write_run: Callable[..., Path], epo: Callable[.
 def hostile(payload: str) -> dict[str, Any]:
     """A record that carries `payload` wherever a model or an environment writes."""
     bad = turn([1, 7, 0], observation=payload, response=payload, action=payload + "!", is_valid=False)
-    return record(bad, task=payload, goal=payload, stop_reason=payload, error=payload)
+    return record(bad, task=payload, goal=payload, instruction=payload, stop_reason=payload, error=payload)
 
 
 CONTROL = re.compile(r"\x1b\[[\d;]*m")

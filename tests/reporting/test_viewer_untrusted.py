@@ -66,6 +66,7 @@ def hostile_record(vocabulary: Vocabulary, group: int, text: str) -> dict[str, A
         "group": group,
         "task": text,
         "goal": text,
+        "instruction": text,
         "stop_reason": "environment_error",
         "success": False,
         "score": 0.0,
@@ -117,7 +118,7 @@ async (count) => {
     document.querySelector(".tok").focus();
     const elements = [...document.querySelectorAll(".viewer *")];
     all.push({
-      title: text(".summary h3"), goal: text(".summary .note"), error: text(".summary .error"),
+      title: text(".summary h3"), goal: text(".summary .note"), error: text(".summary .error"), instruction: text(".summary .instruction"),
       observation: text(".observation .text"), action: text(".action"), response: text(".response"),
       token: text(".tok"), card: text("#token-card"), row: text(".list-row[aria-selected=true] .c-task"),
       tags: [...new Set(elements.map((e) => e.localName))],
@@ -142,7 +143,7 @@ def test_every_payload_is_shown_and_nothing_more(page: Page, tmp_path: Path) -> 
     expect(page.locator(".summary")).to_have_count(1)
     for name, seen in zip(NAMES, page.evaluate(SEEN, len(NAMES)), strict=True):
         shown = printable(PAYLOADS[name])
-        for place in ("title", "goal", "error", "observation", "action"):
+        for place in ("title", "goal", "instruction", "error", "observation", "action"):
             assert shown in seen_of(seen[place]), (name, place)
         folded = len(PAYLOADS[name]) > 120  # a long token is cut where it stands, and whole in the text below it
         assert folded or shown in seen_of(seen["token"]), name

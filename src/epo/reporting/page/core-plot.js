@@ -4,6 +4,7 @@
   const { el } = EPO;
   const FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif';
   const UNIFIED_HOVER_UP_TO = 8; // more lines than these would fill the screen
+  const FRAME_MS = 12;
   const isCoarse = matchMedia("(pointer: coarse)").matches;
 
   const plots = new Set(); // {div, make, isDirty, isVisible}
@@ -41,8 +42,9 @@
   });
 
   // Draws make() -> {traces, layout} into `div` whenever it can be seen and something changed; null: no data.
-  EPO.plot = (div, make) => {
-    const plot = { div, make, isDirty: true, isVisible: false, width: 0 };
+  // onChange() runs at every change, seen or not.
+  EPO.plot = (div, make, onChange) => {
+    const plot = { div, make, onChange, isDirty: true, isVisible: false, width: 0 };
     div.epoPlot = plot;
     div.classList.add("plot");
     plots.add(plot);
@@ -59,12 +61,18 @@
   };
 
   EPO.redraw = () => {
-    for (const plot of plots) plot.isDirty = true;
+    for (const plot of plots) {
+      plot.isDirty = true;
+      plot.onChange?.();
+    }
     drawSoon();
   };
+  // As many as fit into a frame, the others in the next ones: the page stays quick to answer.
   const drawSoon = EPO.oncePerFrame(() => {
+    const start = performance.now();
     for (const plot of plots) {
       if (!plot.isDirty || !plot.isVisible || plot.div.offsetWidth === 0) continue;
+      if (performance.now() - start > FRAME_MS) return drawSoon();
       plot.isDirty = false;
       draw(plot);
     }
@@ -154,10 +162,9 @@
     const save = el("button", { type: "button", class: "quiet", "aria-label": `${title}: save as PNG` }, "PNG");
     save.addEventListener("click", () => savePicture(div, title));
     EPO.plot(div, () => {
-      showText();
       if (!numbers.hidden) fill();
       return make();
-    });
+    }, showText);
     showText();
     return el("article", { class: wide ? "card wide" : "card", id: id ? `chart-${id}` : null },
       el("header", { class: "card-head" },
