@@ -19,7 +19,7 @@
     return withArms(metric) ? ` Mean over seeds, ${level} % interval as a band.` : " One line per run, coloured by arm.";
   }
 
-  // A card of one metric, all runs over one another.
+  // A card of one metric, all runs over one another. The strip of runs is the legend.
   const ofMetric = (metric, { title, text, y = {}, id, height } = {}) => {
     const known = EPO.metric(metric);
     return {
@@ -28,7 +28,7 @@
       unit: unitOf(metric),
       text: () => `${text || known.text}${readAs(metric)}`,
       height,
-      make: () => ({ traces: EPO.metricTraces(metric), layout: { showlegend: withArms(metric) ? undefined : false, yaxis: { ...EPO.autoShare(metric), ...y } } }),
+      make: () => ({ traces: EPO.metricTraces(metric), layout: { showlegend: false, yaxis: { ...EPO.autoShare(metric), ...y } } }),
     };
   };
 

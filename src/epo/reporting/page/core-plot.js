@@ -178,7 +178,7 @@
     const background = EPO.color("--surface");
     const filename = title.toLowerCase().replace(/[^a-z0-9]+/g, "-");
     Plotly.downloadImage(
-      { data: div.data, layout: { ...div.layout, paper_bgcolor: background, title: { text: EPO.plotText(title), font: { size: 14 } }, margin: { ...div.layout.margin, t: 64 } } },
+      { data: div.data, layout: { ...div.layout, showlegend: div.data.filter((trace) => trace.showlegend !== false && trace.name).length > 1, paper_bgcolor: background, title: { text: EPO.plotText(title), font: { size: 14 } }, margin: { ...div.layout.margin, t: 64 } } },
       { format: "png", width: 900, height: 420, scale: 2, filename },
     );
   }

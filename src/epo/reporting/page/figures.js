@@ -90,15 +90,21 @@
       make: () => {
         const drawn = comparison().arms.map((arm, k) => ({ ...arm, style: EPO.series(k) })).filter(({ name }) => wanted.has(name));
         const isSuccess = metric.startsWith("eval/") || metric === "success/train";
-        return { traces: EPO.armTraces(metric, drawn), layout: { showlegend: true, yaxis: isSuccess ? { tickformat: ".0%", range: [-0.02, 1.02] } : EPO.autoShare(metric) } };
+        return { traces: EPO.armTraces(metric, drawn), layout: { showlegend: false, yaxis: isSuccess ? { tickformat: ".0%", range: [-0.02, 1.02] } : EPO.autoShare(metric) } };
       },
     });
+  }
+
+  function legend(figure) {
+    const names = [...new Set(figure.panels.flatMap((one) => one.arms))];
+    return el("ul", { class: "legend", "aria-label": "Arms" }, names.map((name) => el("li", {}, EPO.lineSample(armIndex(name)), " ", EPO.visible(name))));
   }
 
   const section = (figure) =>
     el("section", { class: "section", id: EPO.visible(figure.id) },
       el("h2", {}, EPO.visible(figure.title)),
       el("p", { class: "lead" }, EPO.visible(figure.caption || "")),
+      legend(figure),
       el("div", { class: "grid thirds" }, figure.panels.map((one, i) => panel(figure, one, i))));
 
   function reading() {

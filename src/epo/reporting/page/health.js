@@ -131,7 +131,7 @@
   function contentOf({ run, label }) {
     const several = EPO.page.runs.length > 1;
     return [
-      several ? el("section", { class: "section" },
+      several && EPO.runs.all().some((one) => EPO.firedAlarms(one.run) !== null) ? el("section", { class: "section" },
         el("h2", {}, "Alarms by run"),
         el("p", { class: "lead" }, "At how many steps each alarm fired. Choose a run to see when."),
         matrix()) : null,

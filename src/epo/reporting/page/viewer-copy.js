@@ -13,7 +13,8 @@
     const turns = record.turns.map(
       (turn, k) => `# Turn ${k + 1}\n## Observation\n${visible(turn.observation)}\n## Response\n${visible(turn.response)}\n`,
     );
-    return `${visible(record.task)}, step ${record.step}: ${V.stopWords(record.stop_reason)}\n\n${turns.join("\n")}`;
+    const asked = record.instruction ? `# Asked\n${visible(record.instruction)}\n\n` : "";
+    return `${visible(record.task)}, step ${record.step}: ${V.stopWords(record.stop_reason)}\n\n${asked}${turns.join("\n")}`;
   }
 
   async function copy(text) {

@@ -34,7 +34,7 @@
       alternatives: list(turn.alternatives),
     }));
     const { task, goal, stop_reason: reason } = record;
-    return { ...record, step, turns, task: text(task) || "unknown task", goal: text(goal), stop_reason: text(reason) || "unknown" };
+    return { ...record, step, turns, task: text(task) || "unknown task", goal: text(goal), instruction: text(record.instruction), stop_reason: text(reason) || "unknown" };
   }
 
   // Appends `text` so that whitespace and what is invisible can be seen. The signs of whitespace are drawn by the style

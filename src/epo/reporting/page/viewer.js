@@ -290,6 +290,7 @@
         el("p", { class: "note" }, where, goal),
         el("p", { class: "facts" }, ...facts.map(([kind, words]) => el("span", { class: `fact ${kind}` }, words))),
       );
+      if (record.instruction) box.append(el("div", { class: "instruction" }, el("b", {}, "Asked: "), V.foldable(record.instruction, { limit: 1000 })));
       if (record.error) box.append(el("div", { class: "error" }, el("b", {}, "Error: "), V.foldable(String(record.error), { limit: 1000 })));
       box.append(
         el(
