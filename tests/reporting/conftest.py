@@ -1,4 +1,4 @@
-"""Fixtures for what people look at: a browser for the whole session, pages under watch, made-up runs and their reports."""
+"""Fixtures for what people look at: one browser for the session, pages under watch, made-up runs and their reports."""
 
 from __future__ import annotations
 

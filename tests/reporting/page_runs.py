@@ -63,7 +63,9 @@ def make_run(
         (path / "summary.json").write_text('{"finished": true, "wall_seconds": 634.0}', encoding="utf-8")
     lines = metric_lines(rng, method=method, steps=steps)
     _write(path / "metrics.jsonl", lines)
-    _write(path / "eval.jsonl", [evaluation(rng, step, method=method, steps=steps) for step in range(0, steps + 1, every)])
+    _write(
+        path / "eval.jsonl", [evaluation(rng, step, method=method, steps=steps) for step in range(0, steps + 1, every)]
+    )
     vocabulary = Vocabulary()
     (path / "trajectories").mkdir()
     index = []

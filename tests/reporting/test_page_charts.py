@@ -99,7 +99,9 @@ def test_hover_and_numbers(open_page: Open, single_report: Path, runs_folder: Pa
     page.keyboard.press("Enter")
     rows = page.locator("#chart-policy-kl .card-table tbody tr")
     assert rows.count() == len(run.steps)
-    assert float(rows.nth(4).locator("td").inner_text().split()[0]) == pytest.approx(run.metrics["policy/kl"][4], rel=0.01)
+    assert float(rows.nth(4).locator("td").inner_text().split()[0]) == pytest.approx(
+        run.metrics["policy/kl"][4], rel=0.01
+    )
     page.keyboard.press("Enter")
     expect(rows.first).to_be_hidden()
 
@@ -163,7 +165,9 @@ def test_arms_are_means_with_intervals(open_page: Open, comparison_report: Path)
         assert line["intervals"] == [list(pair) for pair in zip(curves[name]["low"], curves[name]["high"], strict=True)]
     assert len(bands(page, "success-ood")) == 4
     page.get_by_role("button", name="ppo (2 seeds)", exact=True).click()
-    page.wait_for_function("document.querySelector('#chart-success-ood .plot').data.filter((t) => !t.isBand).length === 1")
+    page.wait_for_function(
+        "document.querySelector('#chart-success-ood .plot').data.filter((t) => !t.isBand).length === 1"
+    )
 
 
 def test_figures_show_the_papers_figures_and_the_table(open_page: Open, comparison_report: Path) -> None:

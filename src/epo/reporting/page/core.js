@@ -78,7 +78,7 @@
   function makeTabs() {
     const list = document.getElementById("tabs");
     const main = document.getElementById("main");
-    for (const tab of visibleTabs()) {
+    for (const tab of ORDER.map((id) => tabs.get(id)).filter(Boolean)) {
       tab.button = el("button", {
         type: "button",
         role: "tab",
@@ -100,6 +100,11 @@
     }
   }
 
+  // A comparison may come while a live page is open.
+  function offerTabs() {
+    for (const tab of tabs.values()) if (tab.button) tab.button.hidden = tab.hidden();
+  }
+
   function onTabKey(event) {
     const shown = visibleTabs();
     const at = shown.findIndex((tab) => tab.button === event.currentTarget);
@@ -114,7 +119,8 @@
   function show(id) {
     const changed = current !== id;
     current = id;
-    for (const tab of visibleTabs()) {
+    for (const tab of tabs.values()) {
+      if (!tab.button) continue;
       const isCurrent = tab.id === id;
       tab.button.setAttribute("aria-selected", String(isCurrent));
       tab.button.tabIndex = isCurrent ? 0 : -1;
@@ -186,6 +192,8 @@
     EPO.page = JSON.parse(document.getElementById("page-data").textContent);
     EPO.startRuns();
     makeTabs();
+    offerTabs();
+    EPO.onUpdate(offerTabs);
     addEventListener("hashchange", followHash);
     addEventListener("popstate", followHash);
     followHash();
