@@ -101,6 +101,7 @@ def test_experts_succeed_in_the_order_of_the_specs(collect: Callable[..., tuple[
         assert t.success and t.score == 1.0 and t.stop_reason is StopReason.SUCCESS and len(t.turns) == 3
         assert [turn.environment_reward for turn in t.turns] == [0.0, 0.0, 1.0]
         assert t.total_reward == 1.0
+        assert t.instruction == "Walk to the end of the corridor: push red doors and pull blue doors."
         assert [turn.prompt_ids.tolist() for turn in t.turns] == script.prompts[number]
         assert [turn.action for turn in t.turns] == [WORDS[c] for c in t.task.id.rpartition("/")[2].split("-")]
     assert sorted(script.released) == [0, 1, 2, 3]

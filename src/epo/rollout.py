@@ -169,6 +169,7 @@ class RolloutCollector:
             return True
         if isinstance(answer, Observation):
             episode.observation = answer
+            trajectory.instruction = answer.goal
             episode.prompt_ids = episode.context.open(answer)
         else:
             turn = trajectory.turns[-1]

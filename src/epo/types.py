@@ -146,6 +146,8 @@ class Trajectory:
     """One whole episode."""
 
     task: Task
+    instruction: str | None = None
+    """What was asked, in words, where the environment says so (`Observation.goal`)."""
     turns: list[Turn] = field(default_factory=list[Turn])
     stop_reason: StopReason = StopReason.MAX_TURNS
     success: bool = False

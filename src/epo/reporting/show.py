@@ -148,6 +148,8 @@ class TrajectoryView:
         if record.get("restarts"):
             facts["restarts"] = str(record["restarts"])
         yield Text("   ".join(f"{name} {value}" for name, value in facts.items()))
+        if record.get("instruction"):
+            yield Text(f"asked: {visible_lines(str(record['instruction']))}")
         if record.get("error"):
             yield Text(f"error: {visible_lines(str(record['error']))}")
 

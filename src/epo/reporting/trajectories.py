@@ -19,6 +19,7 @@ def trajectory_record(trajectory: Trajectory, *, step: int, group: int) -> dict[
         "group": group,
         "task": trajectory.task.id,
         "goal": trajectory.task.goal,
+        "instruction": trajectory.instruction,
         "stop_reason": trajectory.stop_reason.value,
         "success": trajectory.success,
         "score": trajectory.score,
