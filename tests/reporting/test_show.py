@@ -40,7 +40,8 @@ def turn(ids: Sequence[int], *, trained: bool = True, **changes: Any) -> dict[st
 def record(*turns: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {
         "step": 1, "group": 0, "task": "doors/1", "goal": "doors", "instruction": "Find the door.",
-        "stop_reason": "failure", "success": False, "score": 0.0, "reward": 0.0, "error": None, "restarts": 0, "trained": True, "turns": list(turns), **changes,
+        "stop_reason": "failure", "success": False, "score": 0.0, "reward": 0.0, "error": None, "restarts": 0,
+        "trained": True, "turns": list(turns), **changes,
     }  # fmt: skip
 
 

@@ -118,7 +118,8 @@ async (count) => {
     document.querySelector(".tok").focus();
     const elements = [...document.querySelectorAll(".viewer *")];
     all.push({
-      title: text(".summary h3"), goal: text(".summary .note"), error: text(".summary .error"), instruction: text(".summary .instruction"),
+      title: text(".summary h3"), goal: text(".summary .note"), error: text(".summary .error"),
+      instruction: text(".summary .instruction"),
       observation: text(".observation .text"), action: text(".action"), response: text(".response"),
       token: text(".tok"), card: text("#token-card"), row: text(".list-row[aria-selected=true] .c-task"),
       tags: [...new Set(elements.map((e) => e.localName))],
