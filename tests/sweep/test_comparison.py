@@ -152,6 +152,13 @@ def test_runs_that_are_not_done_are_left_out_and_named() -> None:
     assert page["curves"]["eval/iid/success"]["ppo"]["runs"] == [2, 2, 1]
 
 
+def test_arms_with_different_seeds_are_pointed_out() -> None:
+    runs = [make_run(seed=0), make_run(seed=1), make_run(EPO, seed=1)]
+    [note] = compare(runs).page()["notes"]
+    assert "seeds differ" in note and "ppo: 0, 1; ppo + epo: 1" in note
+    assert compare([*runs, make_run(EPO, seed=0)]).page()["notes"] == []
+
+
 def test_the_same_run_twice_is_refused() -> None:
     with pytest.raises(UserError, match="same run"):
         compare([make_run(seed=1), make_run(seed=1)])

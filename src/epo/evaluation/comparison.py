@@ -246,6 +246,10 @@ def compare(runs: Sequence[ComparedRun], *, window: float = 0.2) -> Comparison:
         arms.append(Arm(name=name, config=runs[members[0]].config, runs=tuple(members), complete=complete))
     if len(plays := {_episodes(arm.config) for arm in arms}) > 1:
         notes.append(f"the arms' budgets differ: {', '.join(str(n) for n in sorted(plays))} episodes of training")
+    scored = {arm.name: sorted(runs[i].seed or 0 for i in arm.complete) for arm in arms if arm.complete}
+    if len({tuple(seeds) for seeds in scored.values()}) > 1:
+        named = "; ".join(f"{name}: {', '.join(map(str, seeds))}" for name, seeds in scored.items())
+        notes.append(f"the arms' seeds differ, and seeds differ in their warm start: {named}")
     baseline = next((arm for arm in arms if arm.method == "none"), arms[0])
     return Comparison(runs=runs, arms=arms, baseline=baseline.name, window=window, notes=notes)
 
