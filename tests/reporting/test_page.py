@@ -76,7 +76,7 @@ def test_a_tab_is_drawn_when_it_is_first_shown(open_page: Open, single_report: P
     expect(page.locator("#chart-budget .main-svg").first).to_be_visible()
 
 
-def test_overview_says_what_came_out(open_page: Open, single_report: Path, runs_folder: Path) -> None:
+def test_overview_says_what_came_out_and_setup_how(open_page: Open, single_report: Path, runs_folder: Path) -> None:
     page = open_page(single_report)
     run = read_run(runs_folder / "single")
     for evaluation in (run.evaluations[0], run.evaluations[-1]):
@@ -87,6 +87,13 @@ def test_overview_says_what_came_out(open_page: Open, single_report: Path, runs_
     expect(page.locator(".facts")).to_contain_text("10 min 34 s")
     assert page.locator(".alarm-list li").count() >= 1
     expect(page.locator(".alarm-list")).to_contain_text("Surge of invalid actions at steps 2–3")
+
+    tab(page, "setup")
+    panel = page.locator("#panel-setup")
+    expect(panel.locator(".command")).to_have_text("epo train base 'environment.options={length: 5}'")
+    expect(panel.locator(".pairs")).to_contain_text("2.13.0")
+    expect(panel.locator(".config")).to_contain_text("kappa_low: 0.5")
+    assert panel.locator("mark").count() == 0, "one run differs from nothing"
 
 
 def test_health_names_the_steps_and_leads_to_their_trajectories(open_page: Open, single_report: Path) -> None:
@@ -105,15 +112,6 @@ def test_health_names_the_steps_and_leads_to_their_trajectories(open_page: Open,
     assert "step=2" in page.url
 
 
-def test_setup_shows_command_versions_and_configuration(open_page: Open, single_report: Path) -> None:
-    page = open_page(single_report, "setup")
-    panel = page.locator("#panel-setup")
-    expect(panel.locator(".command")).to_have_text("epo train base 'environment.options={length: 5}'")
-    expect(panel.locator(".pairs")).to_contain_text("2.13.0")
-    expect(panel.locator(".config")).to_contain_text("kappa_low: 0.5")
-    assert panel.locator("mark").count() == 0, "one run differs from nothing"
-
-
 def test_setup_marks_what_differs_between_runs(open_page: Open, comparison_report: Path) -> None:
     page = open_page(comparison_report, "setup")
     row = page.locator(".diff tr", has_text="entropy.method")
@@ -123,15 +121,14 @@ def test_setup_marks_what_differs_between_runs(open_page: Open, comparison_repor
     assert "  method: epo" in marked or "  method: none" in marked
 
 
-@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["1280", "400"])
 @pytest.mark.parametrize("which", ["single_report", "comparison_report"])
-def test_no_part_is_wider_than_the_window(
-    open_page: Open, request: pytest.FixtureRequest, which: str, size: Any
-) -> None:
-    page = open_page(request.getfixturevalue(which), theme="dark", size=size, has_touch=size is PHONE)
-    for name in SINGLE if which == "single_report" else COMPARISON:
-        tab(page, name)
-        assert overflow(page) <= 0, name
+def test_no_part_is_wider_than_the_window(open_page: Open, request: pytest.FixtureRequest, which: str) -> None:
+    page = open_page(request.getfixturevalue(which), theme="dark")
+    for size in (DESKTOP, PHONE):
+        page.set_viewport_size(size)
+        for name in SINGLE if which == "single_report" else COMPARISON:
+            tab(page, name)
+            assert overflow(page) <= 0, (name, size)
 
 
 def test_theme_follows_the_system_and_the_button(open_page: Open, single_report: Path) -> None:
@@ -167,17 +164,19 @@ def contrast(one: str, other: str) -> float:
     return (max(values) + 0.05) / (min(values) + 0.05)
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_contrast_is_enough_for_text_and_lines(open_page: Open, single_report: Path, theme: str) -> None:
-    page = open_page(single_report, theme=theme)
+def test_contrast_is_enough_for_text_and_lines(open_page: Open, single_report: Path) -> None:
+    page = open_page(single_report)
     names = [*TEXT_COLOURS, *GROUNDS, *SERIES, "--focus", "--accent-text"]
-    colour = page.evaluate("names => Object.fromEntries(names.map((n) => [n, EPO.color(n)]))", names)
-    for ground in GROUNDS:
-        for text in TEXT_COLOURS:
-            assert contrast(colour[text], colour[ground]) >= 4.5, (text, ground)
-    assert contrast(colour["--accent-text"], colour["--accent"]) >= 4.5
-    for line in (*SERIES, "--focus"):
-        assert contrast(colour[line], colour["--surface"]) >= 3.0, line
+    for theme in ("light", "dark"):
+        page.emulate_media(color_scheme=theme)  # pyright: ignore[reportArgumentType]
+        expect(page.locator("html")).to_have_attribute("data-theme", theme)
+        colour = page.evaluate("names => Object.fromEntries(names.map((n) => [n, EPO.color(n)]))", names)
+        for ground in GROUNDS:
+            for text in TEXT_COLOURS:
+                assert contrast(colour[text], colour[ground]) >= 4.5, (theme, text, ground)
+        assert contrast(colour["--accent-text"], colour["--accent"]) >= 4.5
+        for line in (*SERIES, "--focus"):
+            assert contrast(colour[line], colour["--surface"]) >= 3.0, (theme, line)
 
 
 def test_works_where_nothing_may_be_remembered(open_page: Open, single_report: Path) -> None:

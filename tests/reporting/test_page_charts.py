@@ -134,7 +134,7 @@ def test_smoothing_is_the_running_mean(open_page: Open, single_report: Path, run
     reward = [r for r in read_run(runs_folder / "single").metrics["reward/mean"] if r is not None]
     show(page, "reward-mean")
     page.get_by_label("Smoothing").select_option("5")
-    page.wait_for_function("document.querySelector('#chart-reward-mean .plot').data.length === 2")
+    page.wait_for_function("() => document.querySelector('#chart-reward-mean .plot').data.length === 2")
     (smooth,) = traces(page, "reward-mean")
     assert smooth["y"][9] == pytest.approx(sum(reward[5:10]) / 5, rel=1e-4)
     assert smooth["y"][1] == pytest.approx(sum(reward[:2]) / 2, rel=1e-4)
@@ -150,7 +150,7 @@ def test_runs_lie_over_one_another_and_can_be_hidden(open_page: Open, comparison
     first.focus()
     page.keyboard.press("Space")
     expect(first).to_have_attribute("aria-pressed", "false")
-    page.wait_for_function("document.querySelector('#chart-reward-mean .plot').data.length === 3")
+    page.wait_for_function("() => document.querySelector('#chart-reward-mean .plot').data.length === 3")
     page.get_by_label("In detail").select_option("3")
     expect(page.locator("#chart-entropy")).to_contain_text("Run: ppo + epo, seed 1")
 
@@ -166,7 +166,7 @@ def test_arms_are_means_with_intervals(open_page: Open, comparison_report: Path)
     assert len(bands(page, "success-ood")) == 4
     page.get_by_role("button", name="ppo (2 seeds)", exact=True).click()
     page.wait_for_function(
-        "document.querySelector('#chart-success-ood .plot').data.filter((t) => !t.isBand).length === 1"
+        "() => document.querySelector('#chart-success-ood .plot').data.filter((t) => !t.isBand).length === 1"
     )
 
 

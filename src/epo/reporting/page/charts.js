@@ -19,10 +19,10 @@
         { ...charts.entropy, wide: true, height: 300 },
         { ...charts.heatMap, wide: true, height: 300 },
         ...(several() ? ["entropy/turn_early", "entropy/turn_late", "entropy/mean"].map((name) => m(name)) : []),
+        m("entropy/oscillation"),
         charts.outside,
         m("epo/effective_weight"),
         m("epo/beta"),
-        m("entropy/oscillation"),
       ]],
       ["optimisation", "Optimisation", [
         m("policy/kl"),

@@ -96,7 +96,7 @@
     const pairs = [
       ["State", stateWords(run)],
       ["Time", EPO.isNumber(run.wall_seconds) ? EPO.format.duration(run.wall_seconds) : null],
-      ["Algorithm", [algorithm.name, entropy.method].filter(Boolean).join(" + ")],
+      ["Algorithm", [algorithm.name, entropy.method === "none" ? null : entropy.method].filter(Boolean).join(" + ")],
       ["Environment", environment.suite],
       ["Model", model.path],
       ["Episodes per step", episodes ?? rollout.tasks_per_step],
