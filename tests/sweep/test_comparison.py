@@ -159,9 +159,14 @@ def test_arms_with_different_seeds_are_pointed_out() -> None:
     assert compare([*runs, make_run(EPO, seed=0)]).page()["notes"] == []
 
 
-def test_the_same_run_twice_is_refused() -> None:
-    with pytest.raises(UserError, match="same run"):
-        compare([make_run(seed=1), make_run(seed=1)])
+def test_the_same_run_twice_counts_once() -> None:
+    page = compare([make_run(seed=1), make_run(seed=1, success={10: 1.0}, name="again")]).page()
+    assert row(page, "ppo")["seeds"] == 1 and row(page, "ppo")["window_mean"] == 0.5
+    assert page["arms"][0]["runs"] == [0, 1] and page["curves"]["reward/mean"]["ppo"]["runs"] == [1] * 9
+    assert any("again" in note for note in page["notes"])
+
+
+def test_nothing_to_compare_is_refused() -> None:
     with pytest.raises(UserError, match="no run"):
         compare([])
 

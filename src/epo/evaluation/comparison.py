@@ -71,8 +71,10 @@ class Arm:
     config: Mapping[str, Any]
     runs: tuple[int, ...]
     """Positions in the list that was compared."""
+    first: tuple[int, ...]
+    """One of them for each seed: what curves are drawn from."""
     complete: tuple[int, ...]
-    """Those of them that reached their last step; only these are scored."""
+    """Those of these that reached their last step; only they are scored."""
 
     @property
     def algorithm(self) -> str:
@@ -205,7 +207,7 @@ class Comparison:
             series[f"eval/{split}/success"] = lambda run, split=split: success_by_step(run, split)
         for name, read in series.items():
             for arm in self.arms:
-                if (drawn := _curve([read(self.runs[i]) for i in arm.runs])) is not None:
+                if (drawn := _curve([read(self.runs[i]) for i in arm.first])) is not None:
                     curves.setdefault(name, {})[arm.name] = drawn
         return curves
 
@@ -224,7 +226,7 @@ def compare(runs: Sequence[ComparedRun], *, window: float = 0.2) -> Comparison:
         window: share of the steps, at the end of training, whose evaluations count.
 
     Raises:
-        UserError: no runs, or two of one configuration and seed.
+        UserError: no runs.
     """
     if not runs:
         raise UserError("there is no run to compare: give run folders, or the folder of a sweep")
@@ -237,13 +239,13 @@ def compare(runs: Sequence[ComparedRun], *, window: float = 0.2) -> Comparison:
     arms: list[Arm] = []
     for name, members in zip(_names(runs, list(groups.values())), groups.values(), strict=True):
         seeds = [runs[i].seed for i in members]
-        if twice := [s for s in dict.fromkeys(seeds) if seeds.count(s) > 1]:
-            named = ", ".join(runs[i].name for i in members if runs[i].seed in twice)
-            raise UserError(f"{named} are the same run: same settings, seed {twice[0]}. Leave one of them out")
-        complete = tuple(i for i in members if _is_complete(runs[i]))
-        if left_out := [runs[i].name for i in members if i not in complete]:
+        first = tuple(i for place, i in enumerate(members) if seeds[place] not in seeds[:place])
+        if again := [runs[i].name for i in members if i not in first]:
+            notes.append(f"{name}: same settings and seed as another run, and left out: {', '.join(again)}")
+        complete = tuple(i for i in first if _is_complete(runs[i]))
+        if left_out := [runs[i].name for i in first if i not in complete]:
             notes.append(f"{name}: not at its last step yet and left out of the table: {', '.join(left_out)}")
-        arms.append(Arm(name=name, config=runs[members[0]].config, runs=tuple(members), complete=complete))
+        arms.append(Arm(name=name, config=runs[members[0]].config, runs=tuple(members), first=first, complete=complete))
     if len(plays := {_episodes(arm.config) for arm in arms}) > 1:
         notes.append(f"the arms' budgets differ: {', '.join(str(n) for n in sorted(plays))} episodes of training")
     scored = {arm.name: sorted(runs[i].seed or 0 for i in arm.complete) for arm in arms if arm.complete}
