@@ -128,6 +128,9 @@ def test_a_changed_size_leaves_no_remains():
         assert sum("early→late" in line for line in shown) == 1, shown
         assert sum(line.startswith("step 10/40") for line in shown) == 1, shown
     assert "back again" in "\n".join(terminal.snapshots[-1])
+    # The emulator cuts lines where other terminals wrap them, so remains would not show: the screen is cleared.
+    assert terminal.raw.count(b"\x1b[2J") == len(sizes)
+    assert all("model: tiny" in shown for shown in terminal.snapshots[:3])
     assert not terminal.screen.cursor.hidden
 
 

@@ -126,7 +126,8 @@ class _LiveDisplay:
 
     def __init__(self, state: RunState, console: Console) -> None:
         self._console = console
-        self._live = Live(console=console, auto_refresh=False, transient=True, get_renderable=state.frame)
+        self._state = state
+        self._live = self._new_live()
         self._lock = threading.RLock()
         self._waiting: deque[Text] = deque()
         self._is_busy = False
@@ -187,7 +188,11 @@ class _LiveDisplay:
         self._console.clear()
         for text in self._notes:
             self._console.print(text, soft_wrap=True)
+        self._live = self._new_live()  # the old one would go up over the notes, to where its block was
         self._live.start()
+
+    def _new_live(self) -> Live:
+        return Live(console=self._console, auto_refresh=False, transient=True, get_renderable=self._state.frame)
 
     def _run(self) -> None:
         while not self._is_over.wait(_REFRESH_SECONDS):
