@@ -247,6 +247,7 @@ def test_the_catalogue_is_complete():
     metrics = (DOCS / "metrics.md").read_text()
     for alarm in ALARMS.values():
         assert all(getattr(alarm, part) for part in ("title", "definition", "threshold", "source", "advice", "needs"))
+        assert alarm.definition in page and alarm.advice in page
         assert f"`{alarm.name}`" in page and f"`health.{alarm.name}`" in (DOCS / "configuration.md").read_text()
         for metric in alarm.needs:
             assert f"`{metric}`" in metrics
