@@ -176,7 +176,7 @@
       const times = (k) => corridor.reference.map((h) => (isNumber(h) ? k * h : null));
       const known = corridor.reference.findIndex(isNumber);
       const cut = (values) => values.slice(known);
-      traces.push(...EPO.band(cut(run.steps), cut(times(corridor.low)), cut(times(corridor.high)), EPO.color("--line-strong"), { name: "corridor", group: "corridor", alpha: 0.17 }));
+      traces.push(...EPO.band(cut(run.steps), cut(times(corridor.low)), cut(times(corridor.high)), EPO.color("--line-strong"), { name: "corridor", group: "corridor", alpha: 0.21 }));
     }
     const parts = [
       ["entropy/turn_early", "early turns", EPO.series(0)],
