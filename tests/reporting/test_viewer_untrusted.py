@@ -206,7 +206,7 @@ def test_records_of_the_wrong_kind(page: Page, tmp_path: Path) -> None:
     """Damaged or made up: shown as far as possible."""
     broken: list[dict[str, Any]] = [
         {"turns": []},
-        {"turns": [{}], "task": 7, "goal": None, "success": "yes"},
+        {"turns": [{}], "task": 7, "goal": None, "instruction": 5, "success": "yes"},
         {"turns": [{"observation": {"a": "<b>"}, "response": ["x"], "response_ids": "no", "entropy": 3}]},
         {"turns": [{"response_ids": [1, "2", None, 3], "entropy": [None, "x"], "alternatives": [[1], None, 7]}]},
         {"turns": [{"response_ids": [-1, 10**9], "logprobs": [-1e300, 5], "entropy": [1e300, -2], "ratios": [0, -1]}]},

@@ -40,6 +40,13 @@
   // What a list shows of trajectory n; null where an old run does not say.
   const cell = (index, name, n) => index[name]?.[n] ?? null;
 
+  // Tasks of a goal differ at their ends: where there is no room, the middle is left out.
+  function taskName(text) {
+    const characters = [...text];
+    const end = characters.splice(-6).join("");
+    return EPO.el("span", { class: "c-task", title: text }, EPO.el("span", {}, characters.join("")), EPO.el("span", {}, end));
+  }
+
   // open(step, row) is called when a trajectory is chosen. Returns {element, update, show, neighbour}.
   function trajectoryList(runOf, runIndexOf, open) {
     const el = EPO.el;
@@ -238,7 +245,7 @@
         },
         el("span", { class: "c-step" }, String(index.step[n])),
         el("span", { class: success ? "c-mark good" : "c-mark bad", title: success ? "success" : "failure" }, success ? "✓" : "✗"),
-        el("span", { class: "c-task" }, V.shortened(String(show("task")), 200)),
+        taskName(V.shortened(String(show("task")), 200)),
         el("span", { class: "c-detail" }, details.join(" · ")),
         el("span", { class: "c-reward" }, V.fixed(show("reward"))),
         el("span", { class: "c-turns" }, V.number(show("turns"))),

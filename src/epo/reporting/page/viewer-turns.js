@@ -213,7 +213,7 @@
     const trainedClass = reason === null ? "is-trained" : record.trained === undefined ? "" : "is-untrained";
     const count = turn.response_ids.length;
     const head = el("header", {}, el("h4", {}, `Turn ${k + 1}`));
-    if (typeof turn.prompt_tokens === "number") head.append(el("span", {}, `prompt ${turn.prompt_tokens} tokens`));
+    if (typeof turn.prompt_tokens === "number") head.append(el("span", { class: "prompt" }, `prompt ${turn.prompt_tokens} tokens`));
     if (turn.dropped_turns) {
       const what = turn.dropped_turns === 1 ? "1 earlier turn" : `${turn.dropped_turns} earlier turns`;
       head.append(el("span", { class: "flag warn", title: "They no longer fitted: agent.overflow" }, `prompt without ${what}`));
@@ -247,15 +247,16 @@
     );
   }
 
-  // Mean entropy of every turn as bars; click or Enter goes to the turn.
+  // Mean entropy of every turn as bars, the highest of the trajectory at full height; click or Enter goes to the turn.
   function strip(record, goTo) {
     const el = EPO.el;
     const box = el("div", { class: "strip", role: "toolbar", "aria-label": "Mean entropy by turn; choose one to go there" });
+    const highest = Math.max(0, ...record.turns.map((turn) => meanEntropy(turn) ?? 0));
     record.turns.forEach((turn, k) => {
       const mean = meanEntropy(turn);
       const words = `Turn ${k + 1}: ${mean === null ? "no tokens" : `mean entropy ${V.number(mean)} nats`}`;
       const bar = el("span", { class: `bar ${V.levelClass("entropy", mean)}` });
-      bar.style.height = `${Math.max(4, 100 * Math.min(1, V.MEASURES.entropy.position(mean || 0)))}%`;
+      bar.style.height = `${Math.max(4, highest > 0 ? (100 * (mean || 0)) / highest : 0)}%`;
       const flags = turn.is_valid === false ? el("span", { class: "bar-flag", "aria-hidden": "true" }, "✗") : "";
       const button = el("button", { type: "button", title: words, "aria-label": words, tabindex: k ? "-1" : "0" }, flags, bar);
       button.addEventListener("click", () => goTo(k));
@@ -271,7 +272,7 @@
       buttons.forEach((button) => (button.tabIndex = button === to ? 0 : -1));
       to.focus();
     });
-    return el("div", {}, el("p", { class: "note" }, "Mean entropy by turn; choose one to go there"), box);
+    return el("div", {}, el("p", { class: "note" }, `Mean entropy by turn, highest ${V.number(highest)} nats; choose one to go there`), box);
   }
 
   Object.assign(V, { wellFormed, shortened, places, appendText, foldable, pieceOf, repaint, turnElement, untrainedReason, meanEntropy, strip });
