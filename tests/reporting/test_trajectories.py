@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from epo.recipe import load_config
 from epo.reporting.trajectories import index_entry, trajectory_record
-from epo.types import Alternatives, StopReason, Task, Trajectory, Turn
+from epo.training.run_folder import RunFolder, read_lines
+from epo.types import Alternatives, StopReason, Task, Trajectory, TrajectoryGroup, Turn
 
 
 def turn(entropy: list[float], *, reward: float = 0.0, is_valid: bool = True, trained: bool = True) -> Turn:
@@ -68,3 +72,14 @@ def test_the_index_counts_each_trajectory_alike_at_every_turn():
 def test_the_index_of_unknown_entropies_is_null_not_zero():
     entry = index_entry([trajectory_record(trajectory(turn([float("nan")])), step=1, group=0)])
     assert entry["turn_entropy"] == [None] and entry["columns"]["entropy"] == [None]
+
+
+def test_a_step_is_kept_whatever_characters_an_environment_sends(tmp_path: Path):
+    texts = ["café 厨房 🚪", "\ud83d alone", "\x1b[2J\x00\u2028"]
+    found = trajectory(*(replace(turn([0.5]), observation=text) for text in texts))
+    run = RunFolder.create(tmp_path / "run", load_config("base"), {})
+    run.add_step(1, {"reward/mean": 0.0}, [TrajectoryGroup(task=found.task, trajectories=[found])])
+    raw = (run.trajectories / "step_000001.jsonl").read_bytes()
+    (line,) = raw.decode("utf-8").split("\n")[:-1]
+    assert [t["observation"] for t in json.loads(line)["turns"]] == texts
+    assert read_lines(run.index_file)[0]["columns"]["turns"] == [3]

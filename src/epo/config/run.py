@@ -28,7 +28,8 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     sampler: SamplerConfig = SamplerConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
-    entropy: EntropyConfig = EntropyConfig()
+    # A factory: the section's default asks the objectives, and torch takes seconds to import.
+    entropy: EntropyConfig = Field(default_factory=EntropyConfig)
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -87,14 +87,13 @@ class RunFolder:
         records = [
             trajectory_record(t, step=step, group=g) for g, group in enumerate(groups) for t in group.trajectories
         ]
-        lines = [json.dumps(record, ensure_ascii=False, allow_nan=False) for record in records]
-        write_atomically(self.trajectories / f"step_{step:06d}.jsonl", "\n".join(lines) + "\n")
+        write_atomically(self.trajectories / f"step_{step:06d}.jsonl", "".join(map(_text_line, records)))
         _append(self.index_file, index_entry(records))
         _append(self.metrics_file, {"step": step, **metrics})
 
     def add_vocabulary(self, pieces: Sequence[str]) -> None:
         """Keep the text of every token, which trajectories name by their ids."""
-        write_atomically(self.path / "vocabulary.json", json.dumps(pieces, ensure_ascii=False))
+        write_atomically(self.path / "vocabulary.json", json.dumps(pieces))
 
     def add_evaluation(self, entry: dict[str, Any]) -> None:
         _append(self.evaluations_file, entry)
@@ -137,6 +136,16 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return [
         json.loads(line) for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
     ]
+
+
+def _text_line(record: dict[str, Any]) -> str:
+    """Letters as they are, for people who search the file; escaped where UTF-8 cannot hold them (lone surrogates)."""
+    line = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        line = json.dumps(record, allow_nan=False)
+    return line + "\n"
 
 
 def _append(file: Path, entry: dict[str, Any]) -> None:
