@@ -6,35 +6,21 @@ started anew, is noticed: its `generation` changes.
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
 from epo.errors import UserError
 from epo.evaluation.comparison import arm_name
 from epo.reporting.json_lines import JsonLines, parse_object
+from epo.reporting.run_config import finite, plain, read_config
 from epo.reporting.trajectories import INDEX_COLUMNS, index_entry
 from epo.reporting.trajectory_files import TrajectoryFiles, inside
 
 _DIGITS = 6
 """Significant digits of the numbers in a page."""
-_NEEDED = {
-    "seed": int,
-    "steps": int,
-    "environment.suite": str,
-    "environment.options": dict,
-    "model.path": str,
-    "rollout.tasks_per_step": int,
-    "rollout.group_size": int,
-    "algorithm.name": str,
-    "entropy.method": str,
-}
-"""What every version writes into config.yaml, and pages and comparisons rely on."""
 
 
 @dataclass(slots=True)
@@ -220,7 +206,7 @@ class RunReader:
         data.steps.append(step)
         for name, value in line.items():
             if name != "step" and (value is None or isinstance(value, int | float)):
-                data.metrics.setdefault(name, [None] * count).append(_finite(value))
+                data.metrics.setdefault(name, [None] * count).append(finite(value))
         for values in data.metrics.values():
             if len(values) == count:
                 values.append(None)
@@ -337,44 +323,6 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
     return list(found.values())
 
 
-def read_config(path: Path) -> tuple[dict[str, Any], str]:
-    """The configuration of the run in `path`, of whatever version, and the text of its file.
-
-    Raises:
-        UserError: `path` is no run.
-    """
-    file = inside(path, "config.yaml")
-    if not file.is_file():
-        raise UserError(f"{str(path)!r} is no run (it has no config.yaml): give a run folder, such as runs/quickstart")
-    try:
-        text = file.read_bytes().decode("utf-8")
-        tree = plain(yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
-    except (OSError, ValueError, LookupError, AttributeError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{str(file)!r} cannot be read ({reason}): it is no run of epo, or damaged") from None
-    config = cast("dict[str, Any]", tree) if isinstance(tree, dict) else {}
-    for key, kind in _NEEDED.items():
-        value: Any = config
-        for part in key.split("."):
-            value = cast("dict[str, Any]", value).get(part) if isinstance(value, dict) else None
-        if type(value) is not kind:
-            raise UserError(f"{str(path)!r} is no run of epo: {key}={value!r} in its config.yaml")
-    return config, text
-
-
-def plain(value: Any) -> Any:
-    """`value` as strict JSON: numbers that are not finite become None, what JSON does not know becomes text."""
-    if isinstance(value, float):
-        return _finite(value)
-    if value is None or isinstance(value, str | int):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in cast("Mapping[Any, Any]", value).items()}
-    if isinstance(value, list | tuple):
-        return [plain(entry) for entry in cast("Sequence[Any]", value)]
-    return str(value)
-
-
 def _index_columns(entries: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {name: [] for name in ("step", "row", *INDEX_COLUMNS)}
     for entry in entries:
@@ -411,10 +359,6 @@ def _is_entry(line: Mapping[str, Any]) -> bool:
     values = list(cast("dict[str, Any]", columns).values())
     same = all(isinstance(column, list) for column in values) and len({len(column) for column in values}) <= 1
     return same and len(cast("list[Any]", entropy)) == len(cast("list[Any]", count))
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
 
 
 def _rounded(value: float | None) -> float | None:
