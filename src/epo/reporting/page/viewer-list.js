@@ -43,7 +43,7 @@
   // Tasks of a goal differ at their ends: where there is no room, the middle is left out.
   function taskName(text) {
     const characters = [...text];
-    const end = characters.splice(-6).join("");
+    const end = characters.length > 16 ? characters.splice(-6).join("") : "";
     return EPO.el("span", { class: "c-task", title: text }, EPO.el("span", {}, characters.join("")), EPO.el("span", {}, end));
   }
 
