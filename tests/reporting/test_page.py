@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from browser import DESKTOP, PHONE, point_at
+from browser import DESKTOP, PHONE, find_chromium, point_at
 from page_runs import make_run
 from payloads import PAYLOADS
 from playwright.sync_api import Page, expect
@@ -223,3 +223,30 @@ def test_a_report_without_runs_says_so(open_page: Open, tmp_path: Path) -> None:
     for name in SINGLE:
         tab(page, name)
         expect(page.locator(f"#panel-{name}")).to_contain_text(re.compile("no run", re.I))
+
+
+def test_every_documented_metric_has_a_title_and_a_sentence() -> None:
+    root = Path(__file__).parents[2]
+    rows = [
+        line.split("|")[1]
+        for line in (root / "docs/metrics.md").read_text(encoding="utf-8").splitlines()
+        if "|" in line
+    ]
+    documented = {name for row in rows for name in re.findall(r"`([\w/]+)`", row)}
+    script = (root / "src/epo/reporting/page/core-metrics.js").read_text(encoding="utf-8")
+    known = set(re.findall(r'^    "?([\w/]+)"?: \["', script, re.M))
+    assert len(documented) > 40
+    assert {name for name in documented if not name.startswith("health/")} <= known
+
+
+def test_without_chromium_the_tests_fail_and_name_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("EPO_CHROMIUM", raising=False)
+    with pytest.raises(pytest.fail.Exception, match="apt install chromium"):
+        find_chromium()
+    monkeypatch.setenv("EPO_CHROMIUM", str(tmp_path / "none"))
+    with pytest.raises(pytest.fail.Exception, match="EPO_CHROMIUM"):
+        find_chromium()
+    (tmp_path / "chromium").touch(mode=0o755)
+    monkeypatch.delenv("EPO_CHROMIUM")
+    assert find_chromium() == str(tmp_path / "chromium")
