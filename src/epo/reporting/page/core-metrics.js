@@ -5,14 +5,14 @@
   const METRICS = {
     "success/train": ["Success in training", "share", "Share of the step's training episodes that fully solved their task."],
     "reward/mean": ["Reward", "", "Mean total reward of an episode, penalties included."],
-    "reward/std": ["Spread of rewards", "", "Standard deviation of the episodes' rewards in the step: without spread there is nothing to learn."],
-    "turns/repeated": ["Repeated actions", "share", "Share of turns that repeat an earlier action of their episode in the same place."],
+    "reward/std": ["Spread of rewards", "", "Standard deviation of rewards, inside task groups where there are any: without spread there is nothing to learn."],
+    "turns/repeated": ["Repeated actions", "share", "Share of turns that repeat the action before although the observation stayed the same."],
     "response/tokens_max": ["Longest response", "count", "Tokens of the step's longest response."],
-    "response/repetition": ["Repetition in responses", "share", "Share of a response that repeats itself."],
-    "input/mutual_information": ["Input dependence", "nats", "How much responses depend on what was read; near 0 they are a template."],
-    "input/mutual_information_per_token": ["Input dependence per token", "nats", "The same per sampled token."],
-    "input/retrieval_accuracy": ["Prompts told from responses", "share", "How often the prompt that belongs to a response is found among others."],
-    "input/retrieval_chance": ["Prompts told by chance", "share", "How often guessing would find it."],
+    "response/repetition": ["Repetition in responses", "share", "Share of a response's runs of four tokens that occurred in it before."],
+    "input/mutual_information": ["Input dependence", "nats", "Mutual information of prompts and responses: about 0 when responses do not depend on what was read."],
+    "input/mutual_information_per_token": ["Input dependence per token", "nats", "Mutual information of prompts and responses, divided by the responses' tokens."],
+    "input/retrieval_accuracy": ["Prompts told from responses", "share", "Share of responses that are more probable after their own prompt than after any other."],
+    "input/retrieval_chance": ["Prompts told by chance", "share", "What guessing the prompt of a response would give."],
     "value/std": ["Spread of values", "", "Standard deviation of the critic's values."],
     "value/returns_std": ["Spread of returns", "", "Standard deviation of the returns that the critic learns."],
     "time/health": ["Input dependence, measuring", "s", "Seconds for measuring how responses depend on their prompts."],
@@ -94,7 +94,7 @@
     const [family, ...rest] = name.split("/");
     const tail = rest.join("/");
     if (family === "stop") return { name, title: capital(words(tail)), unit: "share", text: `Share of episodes that ended with: ${words(tail)}.` };
-    if (family === "health") return { name, title: `Alarm: ${words(tail)}`, unit: "", text: "1 at the steps where the alarm fired." };
+    if (family === "health") return { name, title: `Alarm: ${words(tail)}`, unit: "", text: "1 at the steps at which the alarm was on." };
     if (family === "time") return { name, title: capital(words(tail)), unit: "s", text: "Seconds." };
     if (family === "eval") return { name, title: `${capital(words(rest.slice(1).join("/")))}, ${rest[0]} panel`, unit: tail.endsWith("success") ? "share" : "", text: "Measured on a fixed evaluation panel." };
     return { name, title: name, unit: "", text: "" };
