@@ -5,10 +5,23 @@
 
   // onPick(name) when one is picked; taken() -> Set of names not offered again.
   EPO.metricPicker = ({ onPick, taken }) => {
-    const list = el("ul", { role: "listbox", id: "metric-list", class: "picker-list", "aria-label": "Metrics", hidden: true });
+    const list = el("ul", {
+      role: "listbox",
+      id: "metric-list",
+      class: "picker-list",
+      "aria-label": "Metrics",
+      hidden: true,
+    });
     const input = el("input", {
-      type: "search", id: "metric-search", role: "combobox", autocomplete: "off", spellcheck: "false",
-      placeholder: "entropy, tokens, …", "aria-expanded": "false", "aria-controls": "metric-list", "aria-autocomplete": "list",
+      type: "search",
+      id: "metric-search",
+      role: "combobox",
+      autocomplete: "off",
+      spellcheck: "false",
+      placeholder: "entropy, tokens, …",
+      "aria-expanded": "false",
+      "aria-controls": "metric-list",
+      "aria-autocomplete": "list",
     });
     let found = [];
     let active = -1;
@@ -24,15 +37,27 @@
     }
 
     function showList() {
-      EPO.replace(list, found.length ? found.map(option) : el("li", { class: "picker-none" }, "No metric has this in its name."));
+      EPO.replace(
+        list,
+        found.length ? found.map(option) : el("li", { class: "picker-none" }, "No metric has this in its name."),
+      );
       list.hidden = false;
       input.setAttribute("aria-expanded", "true");
       markActive();
     }
 
     const option = ({ name, title }, i) =>
-      el("li", { role: "option", id: `metric-option-${i}`, "aria-selected": "false", on: { mousedown: (event) => (event.preventDefault(), pick(i)) } },
-        el("span", {}, EPO.visible(title)), title === name ? null : el("code", {}, EPO.visible(name)));
+      el(
+        "li",
+        {
+          role: "option",
+          id: `metric-option-${i}`,
+          "aria-selected": "false",
+          on: { mousedown: (event) => (event.preventDefault(), pick(i)) },
+        },
+        el("span", {}, EPO.visible(title)),
+        title === name ? null : el("code", {}, EPO.visible(name)),
+      );
 
     function markActive() {
       [...list.children].forEach((node, i) => node.setAttribute("aria-selected", String(i === active)));
@@ -57,7 +82,7 @@
 
     function onKey(event) {
       if (event.key === "Escape") return close();
-      if (event.key === "Enter" && active >= 0 && !list.hidden) return event.preventDefault(), pick(active);
+      if (event.key === "Enter" && active >= 0 && !list.hidden) return (event.preventDefault(), pick(active));
       const move = { ArrowDown: 1, ArrowUp: -1 }[event.key];
       if (!move) return;
       event.preventDefault();
@@ -70,6 +95,11 @@
     input.addEventListener("focus", search);
     input.addEventListener("blur", close);
     input.addEventListener("keydown", onKey);
-    return el("div", { class: "picker" }, el("label", { for: "metric-search" }, "Add a chart of any metric "), el("div", { class: "picker-field" }, input, list));
+    return el(
+      "div",
+      { class: "picker" },
+      el("label", { for: "metric-search" }, "Add a chart of any metric "),
+      el("div", { class: "picker-field" }, input, list),
+    );
   };
 })();

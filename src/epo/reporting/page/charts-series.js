@@ -6,8 +6,42 @@
   const FILL_SHAPES = ["", "/", ".", "\\", "x", "-", "|", "+"];
   // The scale of the trajectory viewer: least to most, readable with any kind of colour vision.
   const SEQUENTIAL = {
-    light: ["#fdfdf3", "#f3f9db", "#e9f5c4", "#d8eeb8", "#c1e5b7", "#a8dbb6", "#8accbb", "#68bec0", "#4aadc0", "#3999bd", "#1f86b9", "#2571af", "#265da5", "#214893", "#17337b", "#0c1f63"],
-    dark: ["#20242c", "#242d42", "#25355a", "#25416f", "#235080", "#1f5f92", "#267196", "#2a839a", "#3b959a", "#51a795", "#63b98f", "#8cc788", "#afd580", "#cce185", "#e5eb96", "#fff4a8"],
+    light: [
+      "#fdfdf3",
+      "#f3f9db",
+      "#e9f5c4",
+      "#d8eeb8",
+      "#c1e5b7",
+      "#a8dbb6",
+      "#8accbb",
+      "#68bec0",
+      "#4aadc0",
+      "#3999bd",
+      "#1f86b9",
+      "#2571af",
+      "#265da5",
+      "#214893",
+      "#17337b",
+      "#0c1f63",
+    ],
+    dark: [
+      "#20242c",
+      "#242d42",
+      "#25355a",
+      "#25416f",
+      "#235080",
+      "#1f5f92",
+      "#267196",
+      "#2a839a",
+      "#3b959a",
+      "#51a795",
+      "#63b98f",
+      "#8cc788",
+      "#afd580",
+      "#cce185",
+      "#e5eb96",
+      "#fff4a8",
+    ],
   };
   const MARKERS_UP_TO = 15; // points of a line that are few enough to be marked
 
@@ -60,7 +94,14 @@
   EPO.lines = (name, x, y, style, metric, more = {}) => {
     if (!y || !y.some(isNumber)) return [];
     if (window_ <= 1) return [line(name, x, y, style, metric, more)];
-    const raw = { mode: "lines", opacity: 0.28, hoverinfo: "skip", hovertemplate: undefined, showlegend: false, isBand: true };
+    const raw = {
+      mode: "lines",
+      opacity: 0.28,
+      hoverinfo: "skip",
+      hovertemplate: undefined,
+      showlegend: false,
+      isBand: true,
+    };
     return [
       line(name, x, y, { ...style, dash: "solid" }, metric, { ...more, ...raw }),
       line(name, x, EPO.runningMean(y, window_), style, metric, { ...more, mode: "lines" }),
@@ -69,10 +110,25 @@
 
   // The room between two lines; it belongs to `group` of the legend and is not hovered.
   EPO.band = (x, low, high, color, { group = null, name = null, alpha = 0.16 } = {}) => {
-    const edge = { type: "scatter", mode: "lines", x, line: { width: 0, color }, hoverinfo: "skip", legendgroup: group, isBand: true };
+    const edge = {
+      type: "scatter",
+      mode: "lines",
+      x,
+      line: { width: 0, color },
+      hoverinfo: "skip",
+      legendgroup: group,
+      isBand: true,
+    };
     return [
       { ...edge, y: low, showlegend: false },
-      { ...edge, y: high, fill: "tonexty", fillcolor: EPO.fade(color, alpha), showlegend: Boolean(name), name: name || "" },
+      {
+        ...edge,
+        y: high,
+        fill: "tonexty",
+        fillcolor: EPO.fade(color, alpha),
+        showlegend: Boolean(name),
+        name: name || "",
+      },
     ];
   };
 
@@ -86,9 +142,14 @@
       // A single seed has no interval.
       const places = c.steps.map((_, i) => i).filter((i) => isNumber(c.low[i]) && isNumber(c.high[i]));
       const pick = (values) => places.map((i) => values[i]);
-      const band = places.length ? EPO.band(pick(c.steps), pick(c.low), pick(c.high), arm.style.color, { group: arm.name }) : [];
+      const band = places.length
+        ? EPO.band(pick(c.steps), pick(c.low), pick(c.high), arm.style.color, { group: arm.name })
+        : [];
       const intervals = c.low.map((low, i) => (isNumber(low) ? [low, c.high[i]] : null));
-      const mean = line(arm.name, c.steps, c.mean, arm.style, metric, { legendgroup: arm.name, intervals: isShare(metric) ? intervals : undefined });
+      const mean = line(arm.name, c.steps, c.mean, arm.style, metric, {
+        legendgroup: arm.name,
+        intervals: isShare(metric) ? intervals : undefined,
+      });
       return [...band, mean];
     });
 
@@ -97,7 +158,9 @@
   // A metric of all runs shown, or of the arms where their means are known.
   EPO.metricTraces = (metric) => {
     if (EPO.runs.isArms() && EPO.page.comparison.curves?.[metric]) return EPO.armTraces(metric, EPO.runs.arms());
-    return EPO.shownRuns().flatMap(({ run, label, style }) => EPO.lines(label, run.steps, column(run, metric), style, metric));
+    return EPO.shownRuns().flatMap(({ run, label, style }) =>
+      EPO.lines(label, run.steps, column(run, metric), style, metric),
+    );
   };
 
   // With arms: the runs of the arms shown; what has no mean over an arm is drawn run by run.
@@ -141,22 +204,37 @@
   function beside(series) {
     const last = Math.max(1, ...series.flatMap(({ points }) => points.map((p) => p.step)));
     return series.map(({ name, points, style }, i) =>
-      panelTrace(name, points, style, 0.007 * last * (i - (series.length - 1) / 2)));
+      panelTrace(name, points, style, 0.007 * last * (i - (series.length - 1) / 2)),
+    );
   }
 
   EPO.panelTraces = (split) => {
     const metric = `eval/${split}/success`;
     if (EPO.runs.isArms() && EPO.page.comparison.curves?.[metric]) return EPO.armTraces(metric, EPO.runs.arms());
-    const series = EPO.shownRuns().map(({ run, label, style }) => ({ name: label, points: EPO.panel(run, split), style }));
+    const series = EPO.shownRuns().map(({ run, label, style }) => ({
+      name: label,
+      points: EPO.panel(run, split),
+      style,
+    }));
     return beside(series.filter(({ points }) => points.length));
   };
 
   // Both panels of one run, and the success of its training episodes behind them.
   EPO.successOfRun = (run) => {
-    const series = EPO.splits([run]).map((split, i) => ({ name: split, points: EPO.panel(run, split), style: EPO.series(i) }));
+    const series = EPO.splits([run]).map((split, i) => ({
+      name: split,
+      points: EPO.panel(run, split),
+      style: EPO.series(i),
+    }));
     const train = run.metrics["success/train"];
     const behind = train?.some(isNumber)
-      ? [line("train", run.steps, train, { color: EPO.color("--line-strong"), dash: "dot" }, "success/train", { mode: "lines", line: { color: EPO.color("--line-strong"), width: 1.2, dash: "dot" }, hovertemplate: "step %{x}: %{y:.1%}" })]
+      ? [
+          line("train", run.steps, train, { color: EPO.color("--line-strong"), dash: "dot" }, "success/train", {
+            mode: "lines",
+            line: { color: EPO.color("--line-strong"), width: 1.2, dash: "dot" },
+            hovertemplate: "step %{x}: %{y:.1%}",
+          }),
+        ]
       : [];
     return [...behind, ...beside(series.filter(({ points }) => points.length))];
   };
@@ -176,7 +254,13 @@
       const times = (k) => corridor.reference.map((h) => (isNumber(h) ? k * h : null));
       const known = corridor.reference.findIndex(isNumber);
       const cut = (values) => values.slice(known);
-      traces.push(...EPO.band(cut(run.steps), cut(times(corridor.low)), cut(times(corridor.high)), EPO.color("--line-strong"), { name: "corridor", group: "corridor", alpha: 0.21 }));
+      traces.push(
+        ...EPO.band(cut(run.steps), cut(times(corridor.low)), cut(times(corridor.high)), EPO.color("--line-strong"), {
+          name: "corridor",
+          group: "corridor",
+          alpha: 0.21,
+        }),
+      );
     }
     const parts = [
       ["entropy/turn_early", "early turns", EPO.series(0)],
@@ -184,7 +268,8 @@
       ["entropy/mean", "all tokens", { ...EPO.series(2), dash: "dot" }],
       ["entropy/reference", "history", { color: EPO.color("--muted"), dash: "longdash", symbol: "line-ew" }],
     ];
-    for (const [metric, name, style] of parts) traces.push(...EPO.lines(name, run.steps, run.metrics[metric], style, metric, { hovertemplate: "%{y:.3f}" }));
+    for (const [metric, name, style] of parts)
+      traces.push(...EPO.lines(name, run.steps, run.metrics[metric], style, metric, { hovertemplate: "%{y:.3f}" }));
     return traces.some((trace) => !trace.isBand) ? traces : [];
   };
 
@@ -197,19 +282,27 @@
     const turns = Math.max(0, ...values.map((row) => row.length));
     if (!turns) return [];
     const byTurn = (rows) => Array.from({ length: turns }, (_, k) => rows.map((row) => row[k] ?? null));
-    return [{
-      type: "heatmap",
-      x: steps,
-      y: Array.from({ length: turns }, (_, k) => k + 1),
-      z: byTurn(values),
-      customdata: byTurn(counts || []),
-      colorscale: sequential(),
-      zmin: 0,
-      zmax: Math.max(...values.flat().filter(isNumber), 1e-9),
-      colorbar: { thickness: 10, outlinewidth: 0, len: 1, title: { text: "nats", side: "right", font: { size: 11 } }, tickfont: { size: 11, color: EPO.color("--muted") } },
-      hovertemplate: "step %{x}, turn %{y}<br>%{z:.3f} nats<br>%{customdata} episodes<extra></extra>",
-      hoverongaps: false,
-    }];
+    return [
+      {
+        type: "heatmap",
+        x: steps,
+        y: Array.from({ length: turns }, (_, k) => k + 1),
+        z: byTurn(values),
+        customdata: byTurn(counts || []),
+        colorscale: sequential(),
+        zmin: 0,
+        zmax: Math.max(...values.flat().filter(isNumber), 1e-9),
+        colorbar: {
+          thickness: 10,
+          outlinewidth: 0,
+          len: 1,
+          title: { text: "nats", side: "right", font: { size: 11 } },
+          tickfont: { size: 11, color: EPO.color("--muted") },
+        },
+        hovertemplate: "step %{x}, turn %{y}<br>%{z:.3f} nats<br>%{customdata} episodes<extra></extra>",
+        hoverongaps: false,
+      },
+    ];
   };
 
   // -- parts of a whole, one above the other
@@ -231,7 +324,15 @@
           y: values.map((v) => (isNumber(v) ? v : 0)),
           line: { color, width: 1 },
           fillcolor: EPO.fade(color, 0.62),
-          fillpattern: { shape: FILL_SHAPES[i % FILL_SHAPES.length], fgcolor: EPO.color("--surface"), fgopacity: 0.55, size: 7, solidity: 0.22, fillmode: "overlay", bgcolor: EPO.fade(color, 0.62) },
+          fillpattern: {
+            shape: FILL_SHAPES[i % FILL_SHAPES.length],
+            fgcolor: EPO.color("--surface"),
+            fgopacity: 0.55,
+            size: 7,
+            solidity: 0.22,
+            fillmode: "overlay",
+            bgcolor: EPO.fade(color, 0.62),
+          },
           hovertemplate: isShare(metric) ? "%{y:.1%}" : "%{y:.3~s} s",
         };
       });

@@ -1,7 +1,18 @@
 "use strict";
 // The charts of the page, each described once: title, sentence, what it draws. Overview and Charts make cards of them.
 (function () {
-  const LEAVES = ["environment", "prefill", "decode", "sampling_rest", "old_logprobs", "values", "reference", "health", "update", "other"];
+  const LEAVES = [
+    "environment",
+    "prefill",
+    "decode",
+    "sampling_rest",
+    "old_logprobs",
+    "values",
+    "reference",
+    "health",
+    "update",
+    "other",
+  ];
 
   const detail = () => EPO.runs.detail();
   const ofDetail = (draw) => () => (detail() ? draw(detail().run) : []);
@@ -16,7 +27,9 @@
   function readAs(metric) {
     if (!EPO.runs.isArms()) return "";
     const level = Math.round(100 * (EPO.page.comparison.confidence ?? 0.95));
-    return withArms(metric) ? ` Mean over seeds, ${level} % interval as a band.` : " One line per run, coloured by arm.";
+    return withArms(metric)
+      ? ` Mean over seeds, ${level} % interval as a band.`
+      : " One line per run, coloured by arm.";
   }
 
   // A card of one metric, all runs over one another. The strip of runs is the legend.
@@ -28,7 +41,10 @@
       unit: unitOf(metric),
       text: () => `${text || known.text}${readAs(metric)}`,
       height,
-      make: () => ({ traces: EPO.metricTraces(metric), layout: { showlegend: false, yaxis: { ...EPO.autoShare(metric), ...y } } }),
+      make: () => ({
+        traces: EPO.metricTraces(metric),
+        layout: { showlegend: false, yaxis: { ...EPO.autoShare(metric), ...y } },
+      }),
     };
   };
 
@@ -39,11 +55,17 @@
     title: EPO.metric(`eval/${split}/success`).title,
     text: () => {
       const sentence = EPO.metric(`eval/${split}/success`).text;
-      return withArms(`eval/${split}/success`) ? sentence + readAs(`eval/${split}/success`) : `${sentence} Bars: 95 % Wilson interval of each evaluation.`;
+      return withArms(`eval/${split}/success`)
+        ? sentence + readAs(`eval/${split}/success`)
+        : `${sentence} Bars: 95 % Wilson interval of each evaluation.`;
     },
     make: () => ({
       traces: EPO.panelTraces(split),
-      layout: { hovermode: withArms(`eval/${split}/success`) ? "x unified" : "closest", showlegend: false, yaxis: wholeShare },
+      layout: {
+        hovermode: withArms(`eval/${split}/success`) ? "x unified" : "closest",
+        showlegend: false,
+        yaxis: wholeShare,
+      },
     }),
   });
 
@@ -51,7 +73,10 @@
     id: "success",
     title: "Success",
     text: "Share of evaluation episodes that were fully solved, on tasks like those of training (iid) and unlike them (ood), with 95 % Wilson intervals; dotted: training episodes.",
-    make: () => ({ traces: ofDetail(EPO.successOfRun)(), layout: { hovermode: "closest", showlegend: true, yaxis: wholeShare } }),
+    make: () => ({
+      traces: ofDetail(EPO.successOfRun)(),
+      layout: { hovermode: "closest", showlegend: true, yaxis: wholeShare },
+    }),
   };
 
   function corridorWords() {
@@ -64,7 +89,8 @@
     id: "entropy",
     title: "Entropy of early and late turns",
     unit: "nats",
-    text: () => `Mean entropy per token, early and late: the first and the last third of the turns played. Late turns that climb away from early ones announce a cascade.${corridorWords()}${runName()}`,
+    text: () =>
+      `Mean entropy per token, early and late: the first and the last third of the turns played. Late turns that climb away from early ones announce a cascade.${corridorWords()}${runName()}`,
     make: () => ({ traces: ofDetail(EPO.entropyOfRun)(), layout: { showlegend: true } }),
   };
 
@@ -72,8 +98,16 @@
     id: "heat-map",
     title: "Entropy by turn and step",
     unit: "nats",
-    text: () => `Mean entropy per token of every turn at every step. Episodes that ended earlier do not count.${runName()}`,
-    make: () => ({ traces: ofDetail(EPO.heatMapOfRun)(), layout: { hovermode: "closest", margin: { r: 4 }, yaxis: { title: { text: "turn" }, rangemode: "normal", showgrid: false, dtick: undefined } } }),
+    text: () =>
+      `Mean entropy per token of every turn at every step. Episodes that ended earlier do not count.${runName()}`,
+    make: () => ({
+      traces: ofDetail(EPO.heatMapOfRun)(),
+      layout: {
+        hovermode: "closest",
+        margin: { r: 4 },
+        yaxis: { title: { text: "turn" }, rangemode: "normal", showgrid: false, dtick: undefined },
+      },
+    }),
     table: () => heatMapTable(),
   };
 
@@ -82,18 +116,25 @@
     const turns = Math.max(0, ...values.map((row) => row.length));
     return {
       columns: ["step", ...Array.from({ length: turns }, (_, k) => `turn ${k + 1}`)],
-      rows: steps.map((step, i) => [step, ...Array.from({ length: turns }, (_, k) => (EPO.isNumber(values[i][k]) ? EPO.format.plain(values[i][k]) : ""))]),
+      rows: steps.map((step, i) => [
+        step,
+        ...Array.from({ length: turns }, (_, k) => (EPO.isNumber(values[i][k]) ? EPO.format.plain(values[i][k]) : "")),
+      ]),
     };
   }
 
   const outside = {
     id: "outside",
     title: "Tokens outside the corridor",
-    text: () => `Share of trained tokens below the floor and above the ceiling, in the weights of the entropy term.${runName()}`,
+    text: () =>
+      `Share of trained tokens below the floor and above the ceiling, in the weights of the entropy term.${runName()}`,
     make: () => ({
       traces: ofDetail((run) =>
-        [["entropy/above", "above", EPO.series(1)], ["entropy/below", "below", EPO.series(0)]].flatMap(([metric, name, style]) =>
-          EPO.lines(name, run.steps, run.metrics[metric], style, metric)))(),
+        [
+          ["entropy/above", "above", EPO.series(1)],
+          ["entropy/below", "below", EPO.series(0)],
+        ].flatMap(([metric, name, style]) => EPO.lines(name, run.steps, run.metrics[metric], style, metric)),
+      )(),
       layout: { showlegend: true, yaxis: EPO.autoShare("entropy/above") },
     }),
   };
@@ -106,7 +147,12 @@
   };
 
   const stopTraces = (run) =>
-    EPO.stack(run.steps, Object.keys(run.metrics).filter((name) => name.startsWith("stop/")).map((name) => [EPO.metric(name).title, run.metrics[name], name]));
+    EPO.stack(
+      run.steps,
+      Object.keys(run.metrics)
+        .filter((name) => name.startsWith("stop/"))
+        .map((name) => [EPO.metric(name).title, run.metrics[name], name]),
+    );
 
   const times = {
     id: "time",
@@ -121,7 +167,10 @@
     const leaves = LEAVES.filter((leaf) => has(`time/${leaf}`)).map((leaf) => `time/${leaf}`);
     // Older runs know sampling and update as a whole only.
     const names = has("time/other") ? leaves : ["time/environment", "time/sampling", "time/update"].filter(has);
-    return EPO.stack(run.steps, names.map((name) => [EPO.metric(name).title, run.metrics[name], name]));
+    return EPO.stack(
+      run.steps,
+      names.map((name) => [EPO.metric(name).title, run.metrics[name], name]),
+    );
   }
 
   const budget = {
@@ -129,7 +178,15 @@
     title: "Tokens sampled so far",
     text: "The budget a run has used: sum of the tokens drawn for training.",
     make: () => ({
-      traces: EPO.shownRuns().flatMap(({ run, label, style }) => EPO.lines(label, run.steps, run.metrics["tokens/sampled"] && EPO.sumsSoFar(run.metrics["tokens/sampled"]), style, "tokens/sampled")),
+      traces: EPO.shownRuns().flatMap(({ run, label, style }) =>
+        EPO.lines(
+          label,
+          run.steps,
+          run.metrics["tokens/sampled"] && EPO.sumsSoFar(run.metrics["tokens/sampled"]),
+          style,
+          "tokens/sampled",
+        ),
+      ),
       layout: { showlegend: false },
     }),
   };
@@ -140,7 +197,10 @@
     text: () => `Drawn, trained on, and run through the learner per pass (prompts included).${runName()}`,
     make: () => ({
       traces: ofDetail((run) =>
-        ["tokens/processed", "tokens/trained", "tokens/sampled"].flatMap((metric, i) => EPO.lines(metric.split("/")[1], run.steps, run.metrics[metric], EPO.series(i), metric)))(),
+        ["tokens/processed", "tokens/trained", "tokens/sampled"].flatMap((metric, i) =>
+          EPO.lines(metric.split("/")[1], run.steps, run.metrics[metric], EPO.series(i), metric),
+        ),
+      )(),
       layout: { showlegend: true },
     }),
   };

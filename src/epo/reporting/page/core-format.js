@@ -51,7 +51,9 @@
 
   // "58.1 % (47.9 to 67.6)"
   EPO.format.interval = (low, high) =>
-    EPO.isNumber(low) && EPO.isNumber(high) ? `${(100 * low).toFixed(1)} to ${(100 * high).toFixed(1)} %` : "no interval";
+    EPO.isNumber(low) && EPO.isNumber(high)
+      ? `${(100 * low).toFixed(1)} to ${(100 * high).toFixed(1)} %`
+      : "no interval";
 
   // [3, 4, 5, 8] -> [[3, 5], [8, 8]]; neighbours are neighbours in `all`
   EPO.ranges = (steps, all) => {

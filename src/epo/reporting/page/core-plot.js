@@ -88,11 +88,20 @@
       return;
     }
     if (plot.div.querySelector(".no-data")) plot.div.replaceChildren();
-    Plotly.react(plot.div, made.traces, themed(made.layout || {}, made.traces.filter((trace) => !trace.isBand), plot), {
-      displayModeBar: false,
-      doubleClick: "reset",
-      showTips: false,
-    });
+    Plotly.react(
+      plot.div,
+      made.traces,
+      themed(
+        made.layout || {},
+        made.traces.filter((trace) => !trace.isBand),
+        plot,
+      ),
+      {
+        displayModeBar: false,
+        doubleClick: "reset",
+        showTips: false,
+      },
+    );
   }
 
   function themed(layout, traces, plot) {
@@ -109,7 +118,10 @@
       fixedrange: isCoarse,
     };
     // 12k, but 5 x 10^-13 rather than 500f.
-    const largest = traces.reduce((m, trace) => (trace.y || []).reduce((n, y) => (EPO.isNumber(y) ? Math.max(n, Math.abs(y)) : n), m), 0);
+    const largest = traces.reduce(
+      (m, trace) => (trace.y || []).reduce((n, y) => (EPO.isNumber(y) ? Math.max(n, Math.abs(y)) : n), m),
+      0,
+    );
     const isTiny = largest > 0 && largest < 1e-3;
     const numbers = { exponentformat: isTiny ? "power" : "SI", minexponent: isTiny ? 2 : 4 };
     const base = {
@@ -122,9 +134,24 @@
       font: { family: FONT, size: 12, color: text },
       dragmode: isCoarse ? false : "zoom",
       hovermode: traces.length <= UNIFIED_HOVER_UP_TO ? "x unified" : "closest",
-      hoverlabel: { bgcolor: EPO.color("--raised"), bordercolor: EPO.color("--line-strong"), font: { family: FONT, size: 12, color: text }, align: "left", namelength: 48 },
+      hoverlabel: {
+        bgcolor: EPO.color("--raised"),
+        bordercolor: EPO.color("--line-strong"),
+        font: { family: FONT, size: 12, color: text },
+        align: "left",
+        namelength: 48,
+      },
       showlegend: traces.filter((trace) => trace.showlegend !== false).length > 1,
-      legend: { orientation: "h", x: 0, xanchor: "left", y: 1.02, yanchor: "bottom", font: { size: 11.5, color: text }, bgcolor: "rgba(0,0,0,0)", itemwidth: 30 },
+      legend: {
+        orientation: "h",
+        x: 0,
+        xanchor: "left",
+        y: 1.02,
+        yanchor: "bottom",
+        font: { size: 11.5, color: text },
+        bgcolor: "rgba(0,0,0,0)",
+        itemwidth: 30,
+      },
       uirevision: "kept",
       transition: { duration: 0 },
       xaxis: { ...axis, title: { ...axis.title, text: "RL step" }, showgrid: false, hoverformat: ",d" },
@@ -151,7 +178,11 @@
     const div = el("div", { style: `height: ${height}px` });
     const words = el("p", { class: "card-text" });
     const numbers = el("div", { class: "card-table", hidden: true });
-    const button = el("button", { type: "button", class: "quiet", "aria-expanded": "false", "aria-label": `${title}: show the numbers` }, "Numbers");
+    const button = el(
+      "button",
+      { type: "button", class: "quiet", "aria-expanded": "false", "aria-label": `${title}: show the numbers` },
+      "Numbers",
+    );
     const showText = () => EPO.replace(words, typeof text === "function" ? text() : text);
     const fill = () => EPO.replace(numbers, tableOf(table ? table() : fromTraces(make()), title));
     button.addEventListener("click", () => {
@@ -161,16 +192,28 @@
     });
     const save = el("button", { type: "button", class: "quiet", "aria-label": `${title}: save as PNG` }, "PNG");
     save.addEventListener("click", () => savePicture(div, title));
-    EPO.plot(div, () => {
-      if (!numbers.hidden) fill();
-      return make();
-    }, showText);
+    EPO.plot(
+      div,
+      () => {
+        if (!numbers.hidden) fill();
+        return make();
+      },
+      showText,
+    );
     showText();
-    return el("article", { class: wide ? "card wide" : "card", id: id ? `chart-${id}` : null },
-      el("header", { class: "card-head" },
+    return el(
+      "article",
+      { class: wide ? "card wide" : "card", id: id ? `chart-${id}` : null },
+      el(
+        "header",
+        { class: "card-head" },
         el("h3", {}, title, unit ? el("span", { class: "unit" }, ` ${unit}`) : null),
-        el("div", { class: "card-tools" }, button, save)),
-      words, div, numbers);
+        el("div", { class: "card-tools" }, button, save),
+      ),
+      words,
+      div,
+      numbers,
+    );
   };
 
   function savePicture(div, title) {
@@ -178,15 +221,28 @@
     const background = EPO.color("--surface");
     const filename = title.toLowerCase().replace(/[^a-z0-9]+/g, "-");
     Plotly.downloadImage(
-      { data: div.data, layout: { ...div.layout, showlegend: div.data.filter((trace) => trace.showlegend !== false && trace.name).length > 1, paper_bgcolor: background, title: { text: EPO.plotText(title), font: { size: 14 } }, margin: { ...div.layout.margin, t: 64 } } },
+      {
+        data: div.data,
+        layout: {
+          ...div.layout,
+          showlegend: div.data.filter((trace) => trace.showlegend !== false && trace.name).length > 1,
+          paper_bgcolor: background,
+          title: { text: EPO.plotText(title), font: { size: 14 } },
+          margin: { ...div.layout.margin, t: 64 },
+        },
+      },
       { format: "png", width: 900, height: 420, scale: 2, filename },
     );
   }
 
   function fromTraces(made) {
-    const traces = (made?.traces || []).filter((trace) => Array.isArray(trace.y) && trace.x && trace.type !== "heatmap" && !trace.isBand);
+    const traces = (made?.traces || []).filter(
+      (trace) => Array.isArray(trace.y) && trace.x && trace.type !== "heatmap" && !trace.isBand,
+    );
     const steps = [...new Set(traces.flatMap((trace) => trace.steps || trace.x))].sort((a, b) => a - b);
-    const columns = traces.map((trace) => new Map((trace.steps || trace.x).map((x, i) => [x, [trace.y[i], trace.intervals?.[i]]])));
+    const columns = traces.map(
+      (trace) => new Map((trace.steps || trace.x).map((x, i) => [x, [trace.y[i], trace.intervals?.[i]]])),
+    );
     const show = (cell, trace) => {
       if (!cell || !EPO.isNumber(cell[0])) return "";
       const value = EPO.format(cell[0], trace.metric);
@@ -200,9 +256,33 @@
 
   function tableOf({ columns, rows }, title) {
     if (!rows.length) return el("p", { class: "no-data" }, "No data");
-    return el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `${title}: numbers` },
-      el("table", {},
-        el("thead", {}, el("tr", {}, columns.map((column) => el("th", { scope: "col" }, EPO.visible(column))))),
-        el("tbody", {}, rows.map((row) => el("tr", {}, row.map((cell, i) => el(i ? "td" : "th", i ? {} : { scope: "row" }, String(cell))))))));
+    return el(
+      "div",
+      { class: "scroll", tabindex: "0", role: "region", "aria-label": `${title}: numbers` },
+      el(
+        "table",
+        {},
+        el(
+          "thead",
+          {},
+          el(
+            "tr",
+            {},
+            columns.map((column) => el("th", { scope: "col" }, EPO.visible(column))),
+          ),
+        ),
+        el(
+          "tbody",
+          {},
+          rows.map((row) =>
+            el(
+              "tr",
+              {},
+              row.map((cell, i) => el(i ? "td" : "th", i ? {} : { scope: "row" }, String(cell))),
+            ),
+          ),
+        ),
+      ),
+    );
   }
 })();

@@ -21,8 +21,18 @@
   });
 
   EPO.lineSample = (i, dash = i) =>
-    svg("svg", { class: "line-sample", width: 30, height: 10, "aria-hidden": "true" },
-      svg("line", { x1: 1, x2: 29, y1: 5, y2: 5, "stroke-dasharray": DASH_ARRAYS[DASHES[dash % DASHES.length]], style: `stroke: var(--series-${i % COLOURS})` }));
+    svg(
+      "svg",
+      { class: "line-sample", width: 30, height: 10, "aria-hidden": "true" },
+      svg("line", {
+        x1: 1,
+        x2: 29,
+        y1: 5,
+        y2: 5,
+        "stroke-dasharray": DASH_ARRAYS[DASHES[dash % DASHES.length]],
+        style: `stroke: var(--series-${i % COLOURS})`,
+      }),
+    );
 
   const comparison = () => EPO.page.comparison;
   const armOf = (i) => (comparison()?.arms || []).findIndex((arm) => arm.runs.includes(i));
@@ -81,7 +91,8 @@
   };
 
   let known = "";
-  const signature = () => JSON.stringify([EPO.page.runs.map((_, i) => EPO.runLabel(i)), (comparison()?.arms || []).map((a) => a.name)]);
+  const signature = () =>
+    JSON.stringify([EPO.page.runs.map((_, i) => EPO.runLabel(i)), (comparison()?.arms || []).map((a) => a.name)]);
 
   EPO.showRunsBar = (tab) => {
     document.getElementById("runs-bar").hidden = EPO.page.runs.length < 2 || !TABS.includes(tab);
@@ -93,20 +104,34 @@
     const many = !isArms && EPO.page.runs.length >= MANY;
     EPO.replace(
       document.getElementById("runs-bar"),
-      el("div", { class: "runs-inner", role: "group", "aria-label": isArms ? "Arms shown" : "Runs shown" },
+      el(
+        "div",
+        { class: "runs-inner", role: "group", "aria-label": isArms ? "Arms shown" : "Runs shown" },
         comparison() ? modeSwitch() : el("span", { class: "runs-title" }, "Runs"),
         many ? filterBox() : null,
         el("div", { class: "chips" }, isArms ? armChips() : runChips()),
         many ? allAndNone() : null,
-        detailSelect()),
+        detailSelect(),
+      ),
     );
     if (EPO.currentTab()) EPO.showRunsBar(EPO.currentTab());
   }
 
   const modeSwitch = () =>
-    el("div", { class: "switch" },
-      [["arms", "Arms: mean and interval"], ["runs", "Single runs"]].map(([mode, title]) =>
-        el("button", { type: "button", "aria-pressed": String(state.mode === mode), on: { click: () => setMode(mode) } }, title)));
+    el(
+      "div",
+      { class: "switch" },
+      [
+        ["arms", "Arms: mean and interval"],
+        ["runs", "Single runs"],
+      ].map(([mode, title]) =>
+        el(
+          "button",
+          { type: "button", "aria-pressed": String(state.mode === mode), on: { click: () => setMode(mode) } },
+          title,
+        ),
+      ),
+    );
 
   function setMode(mode) {
     state.mode = mode;
@@ -116,7 +141,12 @@
   }
 
   function chip(isOn, sample, label, toggle, title) {
-    const button = el("button", { type: "button", class: "chip", "aria-pressed": String(isOn), title }, sample, el("span", {}, EPO.visible(label)));
+    const button = el(
+      "button",
+      { type: "button", class: "chip", "aria-pressed": String(isOn), title },
+      sample,
+      el("span", {}, EPO.visible(label)),
+    );
     button.addEventListener("click", () => {
       const next = button.getAttribute("aria-pressed") !== "true";
       button.setAttribute("aria-pressed", String(next));
@@ -130,19 +160,39 @@
 
   const runChips = () =>
     EPO.page.runs.map((run, i) => {
-      const node = chip(!state.hidden.has(i), EPO.runSample(i), EPO.runLabel(i), (on) => put(state.hidden, i, on), EPO.visible(run.path || run.name));
+      const node = chip(
+        !state.hidden.has(i),
+        EPO.runSample(i),
+        EPO.runLabel(i),
+        (on) => put(state.hidden, i, on),
+        EPO.visible(run.path || run.name),
+      );
       node.hidden = !matches(i);
       return node;
     });
 
   const armChips = () =>
     comparison().arms.map((arm, i) =>
-      chip(!state.hiddenArms.has(arm.name), EPO.lineSample(i), `${arm.name} (${EPO.plural(arm.runs.length, "seed")})`, (on) => put(state.hiddenArms, arm.name, on), EPO.visible(arm.name)));
+      chip(
+        !state.hiddenArms.has(arm.name),
+        EPO.lineSample(i),
+        `${arm.name} (${EPO.plural(arm.runs.length, "seed")})`,
+        (on) => put(state.hiddenArms, arm.name, on),
+        EPO.visible(arm.name),
+      ),
+    );
 
-  const matches = (i) => `${EPO.runLabel(i)} ${EPO.page.runs[i].name}`.toLowerCase().includes(state.filter.toLowerCase());
+  const matches = (i) =>
+    `${EPO.runLabel(i)} ${EPO.page.runs[i].name}`.toLowerCase().includes(state.filter.toLowerCase());
 
   function filterBox() {
-    const input = el("input", { type: "search", class: "runs-filter", placeholder: "Filter runs", "aria-label": "Filter runs", value: state.filter });
+    const input = el("input", {
+      type: "search",
+      class: "runs-filter",
+      placeholder: "Filter runs",
+      "aria-label": "Filter runs",
+      value: state.filter,
+    });
     input.addEventListener("input", () => {
       state.filter = input.value;
       document.querySelectorAll("#runs-bar .chip").forEach((node, i) => (node.hidden = !matches(i)));
@@ -151,18 +201,38 @@
   }
 
   const allAndNone = () =>
-    [["All", true], ["None", false]].map(([title, isOn]) =>
-      el("button", { type: "button", class: "quiet", title: `${title} of the runs that the filter lets through`, on: { click: () => setAll(isOn) } }, title));
+    [
+      ["All", true],
+      ["None", false],
+    ].map(([title, isOn]) =>
+      el(
+        "button",
+        {
+          type: "button",
+          class: "quiet",
+          title: `${title} of the runs that the filter lets through`,
+          on: { click: () => setAll(isOn) },
+        },
+        title,
+      ),
+    );
 
   function setAll(isOn) {
     EPO.page.runs.forEach((_, i) => matches(i) && put(state.hidden, i, isOn));
-    document.querySelectorAll("#runs-bar .chip").forEach((node, i) => node.setAttribute("aria-pressed", String(!state.hidden.has(i))));
+    document
+      .querySelectorAll("#runs-bar .chip")
+      .forEach((node, i) => node.setAttribute("aria-pressed", String(!state.hidden.has(i))));
     changed();
   }
 
   function detailSelect() {
-    const select = el("select", { id: "detail-run" },
-      EPO.page.runs.map((_, i) => el("option", { value: i, selected: i === state.detail }, EPO.visible(EPO.runLabel(i)))));
+    const select = el(
+      "select",
+      { id: "detail-run" },
+      EPO.page.runs.map((_, i) =>
+        el("option", { value: i, selected: i === state.detail }, EPO.visible(EPO.runLabel(i))),
+      ),
+    );
     select.addEventListener("change", () => EPO.runs.setDetail(Number(select.value)));
     return el("label", { class: "detail" }, "In detail ", select);
   }

@@ -53,7 +53,14 @@
     for (const step of embedded || []) {
       const { trajectories: records } = await unpackStep(run, step);
       records.forEach((record, row) => {
-        if (textsOf(record).some((t) => String(t ?? "").toLowerCase().includes(wanted))) hits.push({ step, row });
+        if (
+          textsOf(record).some((t) =>
+            String(t ?? "")
+              .toLowerCase()
+              .includes(wanted),
+          )
+        )
+          hits.push({ step, row });
       });
     }
     return Object.assign(hits, { complete: (embedded || []).length >= steps.length });
@@ -157,7 +164,8 @@
     const node = document.getElementById("status");
     node.dataset.kind = kind;
     node.title = detail || "";
-    if (node.textContent !== words) EPO.replace(node, EPO.el("span", { class: "status-dot", "aria-hidden": "true" }), words);
+    if (node.textContent !== words)
+      EPO.replace(node, EPO.el("span", { class: "status-dot", "aria-hidden": "true" }), words);
   }
 
   function liveStatus() {
@@ -176,7 +184,9 @@
 
   function reportStatus() {
     const made = new Date(EPO.page.generated);
-    const when = Number.isNaN(made.getTime()) ? EPO.page.generated : made.toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" });
+    const when = Number.isNaN(made.getTime())
+      ? EPO.page.generated
+      : made.toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" });
     return ["report", `Report of ${when}`, `Made with epo ${EPO.page.version}`];
   }
 

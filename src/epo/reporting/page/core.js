@@ -27,7 +27,9 @@
   }
 
   function hashOf(id, params) {
-    const kept = Object.entries(params || {}).filter(([, value]) => value !== null && value !== undefined && value !== "");
+    const kept = Object.entries(params || {}).filter(
+      ([, value]) => value !== null && value !== undefined && value !== "",
+    );
     const query = new URLSearchParams(kept.map(([key, value]) => [key, String(value)])).toString();
     return `#${id}${query ? `?${query}` : ""}`;
   }
@@ -79,15 +81,19 @@
     const list = document.getElementById("tabs");
     const main = document.getElementById("main");
     for (const tab of ORDER.map((id) => tabs.get(id)).filter(Boolean)) {
-      tab.button = el("button", {
-        type: "button",
-        role: "tab",
-        id: `tab-${tab.id}`,
-        "aria-controls": `panel-${tab.id}`,
-        "aria-selected": "false",
-        tabindex: "-1",
-        on: { click: () => EPO.go(tab.id), keydown: onTabKey },
-      }, tab.title);
+      tab.button = el(
+        "button",
+        {
+          type: "button",
+          role: "tab",
+          id: `tab-${tab.id}`,
+          "aria-controls": `panel-${tab.id}`,
+          "aria-selected": "false",
+          tabindex: "-1",
+          on: { click: () => EPO.go(tab.id), keydown: onTabKey },
+        },
+        tab.title,
+      );
       tab.panel = el("section", {
         role: "tabpanel",
         id: `panel-${tab.id}`,
@@ -148,7 +154,12 @@
 
   // A box with words for an empty or failed part.
   EPO.message = (title, text) =>
-    el("div", { class: "message" }, el("p", { class: "message-title" }, title), text ? el("p", {}, EPO.visible(text)) : null);
+    el(
+      "div",
+      { class: "message" },
+      el("p", { class: "message-title" }, title),
+      text ? el("p", {}, EPO.visible(text)) : null,
+    );
 
   EPO.announce = (text) => {
     document.getElementById("announcer").textContent = EPO.visible(text);
@@ -164,7 +175,11 @@
     const before = EPO.theme();
     document.documentElement.dataset.theme = dark ? "dark" : "light";
     const button = document.getElementById("theme");
-    EPO.replace(button, { auto: "◐", light: "○", dark: "●" }[choice], el("span", { class: "theme-word" }, ` ${choice}`));
+    EPO.replace(
+      button,
+      { auto: "◐", light: "○", dark: "●" }[choice],
+      el("span", { class: "theme-word" }, ` ${choice}`),
+    );
     button.setAttribute("aria-label", `Theme: ${choice}. Change`);
     button.title = `Theme: ${choice}`;
     if (!before || before === EPO.theme()) return;
