@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from epo.reporting.console import ConsoleObserver
+from epo.reporting.terminal.console import ConsoleObserver
 from epo.reporting.timetable import PHASES, UPDATE_PARTS, time_metrics, time_table
 
 SECONDS = {"environment": 2.0, "prefill": 1.0, "decode": 3.0, "values": 0.5, "forward": 1.0, "backward": 2.0}

@@ -25,9 +25,9 @@ from epo.errors import UserError
 from epo.models.command import models_app
 from epo.models.hub import stay_offline_unless_asked
 from epo.recipe import load_config, recipe_names
-from epo.reporting import command as reporting_command
-from epo.reporting import show_command
-from epo.reporting.text import visible
+from epo.reporting.pages import command as reporting_command
+from epo.reporting.terminal import command as show_command
+from epo.reporting.terminal.text import visible
 from epo.sweep import command as sweep_command
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def train(
     if dry_run:
         _print_config(config, as_json=as_json)
         return
-    from epo.reporting.console import ConsoleObserver
+    from epo.reporting.terminal.console import ConsoleObserver
     from epo.training.session import train_run
 
     path = runs / (name or config.name.replace("/", "-"))
@@ -131,7 +131,7 @@ def evaluate_command(
 ) -> None:
     """Play the fixed panels with a trained policy and print success with its 95 % interval."""
     from epo.evaluation.session import evaluate_target
-    from epo.reporting.console import ConsoleObserver
+    from epo.reporting.terminal.console import ConsoleObserver
 
     extra = list(overrides or ())
     extra += [] if suite is None else [f"environment.suite={suite}"]
@@ -164,7 +164,7 @@ def imitate(
         _print_config(config, as_json=as_json)
         return
     from epo.evaluation.session import imitate_and_evaluate
-    from epo.reporting.console import ConsoleObserver
+    from epo.reporting.terminal.console import ConsoleObserver
 
     with ConsoleObserver(0, stderr) as observer:
         folder, results = imitate_and_evaluate(config, observer)

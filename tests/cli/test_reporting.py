@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from epo.recipe import load_config
-from epo.reporting import page_builder
+from epo.reporting.pages import builder as page_builder
 from epo.training import session
 
 

@@ -10,8 +10,8 @@ from browser import DESKTOP, launched, watch
 from page_runs import make_run
 from playwright.sync_api import Browser, Page, ViewportSize, expect
 
-from epo.reporting.report import write_report
-from epo.reporting.run_reader import read_run
+from epo.reporting.pages.report import write_report
+from epo.reporting.reading.run_reader import read_run
 
 # A busy machine takes its time.
 expect.set_options(timeout=20_000)

@@ -19,9 +19,9 @@ from rich.console import Console
 from terminal import Terminal, resize, run_in_terminal
 
 from epo.evaluation.panels import PanelResult
-from epo.reporting.alarms import ALARMS
-from epo.reporting.console import ConsoleObserver
-from epo.reporting.live_table import MAX_HEIGHT, RunState, duration, sparkline
+from epo.reporting.health.alarms import ALARMS
+from epo.reporting.terminal.console import ConsoleObserver
+from epo.reporting.terminal.live_table import MAX_HEIGHT, RunState, duration, sparkline
 
 PANEL = {"score": 0.5, "turns": 5.0, "invalid": 0.0, "errors": 0, "by_goal": {}}
 RESULTS = [

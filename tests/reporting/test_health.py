@@ -13,8 +13,8 @@ from made_up_runs import History, between, recorded, run, spoilt
 from epo.config import Config, HealthConfig
 from epo.errors import UserError
 from epo.recipe import load_config
-from epo.reporting.alarm_rules import SOLVED
 from epo.reporting.health import ALARMS, RELEASE, Health, catalogue, judge
+from epo.reporting.health.rules import SOLVED
 
 NAMES = [
     *("entropy_eruption", "entropy_collapse", "entropy_oscillation", "cascade", "reward_variance", "gradient_spike"),

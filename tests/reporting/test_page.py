@@ -12,8 +12,8 @@ from page_runs import make_run
 from payloads import PAYLOADS
 from playwright.sync_api import Page, expect
 
-from epo.reporting.page_builder import page_object, render_page
-from epo.reporting.run_reader import read_run
+from epo.reporting.pages.builder import page_object, render_page
+from epo.reporting.reading.run_reader import read_run
 
 Open = Callable[..., Page]
 
@@ -233,7 +233,7 @@ def test_every_documented_metric_has_a_title_and_a_sentence() -> None:
         if "|" in line
     ]
     documented = {name for row in rows for name in re.findall(r"`([\w/]+)`", row)}
-    script = (root / "src/epo/reporting/page/core-metrics.js").read_text(encoding="utf-8")
+    script = (root / "src/epo/reporting/pages/assets/core-metrics.js").read_text(encoding="utf-8")
     known = set(re.findall(r'^    "?([\w/]+)"?: \[\s*"', script, re.M))
     assert len(documented) > 40
     assert {name for name in documented if not name.startswith("health/")} <= known

@@ -13,8 +13,8 @@ from browser import DESKTOP, point_at
 from page_runs import make_run
 from playwright.sync_api import Browser, Page, Route, expect
 
-from epo.reporting.page_builder import page_object, render_page
-from epo.reporting.run_reader import read_run
+from epo.reporting.pages.builder import page_object, render_page
+from epo.reporting.reading.run_reader import read_run
 
 Open = Callable[..., Page]
 

@@ -19,11 +19,11 @@ from payloads import PAYLOADS as NAMED
 from playwright.sync_api import Browser
 
 from epo.errors import UserError
-from epo.reporting import page_builder
-from epo.reporting.page_builder import SCRIPTS, STYLES, json_for_html
-from epo.reporting.report import spread, write_report
-from epo.reporting.run_reader import read_run
-from epo.reporting.trajectory_files import TrajectoryFiles
+from epo.reporting.pages import builder as page_builder
+from epo.reporting.pages.builder import SCRIPTS, STYLES, json_for_html
+from epo.reporting.pages.report import spread, write_report
+from epo.reporting.reading.run_reader import read_run
+from epo.reporting.reading.trajectory_files import TrajectoryFiles
 
 PAYLOADS = [*NAMED.values()]
 
@@ -138,7 +138,7 @@ def test_the_browser_runs_no_other_script(run: Path, browser: Browser, tmp_path:
 
 
 def test_every_asset_is_used_and_there() -> None:
-    folder = Path(page_builder.__file__).parent / "page"
+    folder = Path(page_builder.__file__).parent / "assets"
     assert {f"{name}.js" for name in SCRIPTS} == {file.name for file in folder.glob("*.js")}
     assert {f"{name}.css" for name in STYLES} == {file.name for file in folder.glob("*.css")}
 

@@ -14,10 +14,10 @@ import viewer_run
 
 from epo.errors import UserError
 from epo.recipe import load_config
-from epo.reporting.json_lines import JsonLines
-from epo.reporting.run_reader import RunReader, find_runs, read_run
+from epo.reporting.reading.json_lines import JsonLines
+from epo.reporting.reading.run_reader import RunReader, find_runs, read_run
+from epo.reporting.reading.trajectory_files import TrajectoryFiles
 from epo.reporting.trajectories import index_entry
-from epo.reporting.trajectory_files import TrajectoryFiles
 
 RECORDED = Path(__file__).parents[2] / "benchmarks" / "results" / "quickstart"
 

@@ -16,9 +16,9 @@ from payloads import LONG, PAYLOADS, is_active, printable
 from rich.console import Console
 
 from epo import cli
-from epo.reporting.scales import SCALES, Scale
-from epo.reporting.show import FOLD_AT, FOLD_LINES, TrajectoryView, has_colours, loss_mask, trajectory_table
-from epo.reporting.stored import Filter, StoredTrajectories
+from epo.reporting.reading.stored import Filter, StoredTrajectories
+from epo.reporting.terminal.scales import SCALES, Scale
+from epo.reporting.terminal.show import FOLD_AT, FOLD_LINES, TrajectoryView, has_colours, loss_mask, trajectory_table
 from epo.reporting.trajectories import index_entry
 
 VOCABULARY = ["<end>", "open", " the", " door", "\n", "⟨E2 80⟩", "look"]

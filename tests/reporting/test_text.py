@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from payloads import LONG, PAYLOADS, is_active, printable
 
-from epo.reporting.text import visible, visible_lines
+from epo.reporting.terminal.text import visible, visible_lines
 
 
 @pytest.mark.parametrize("name", PAYLOADS)

@@ -10,9 +10,9 @@ from typing import Any
 from playwright.sync_api import Browser, Route, expect
 from viewer_run import Vocabulary, make_records, without_plotly, write_run, write_viewer_report
 
-from epo.reporting.page_builder import page_object, render_page
-from epo.reporting.run_reader import read_run
-from epo.reporting.trajectory_files import TrajectoryFiles
+from epo.reporting.pages.builder import page_object, render_page
+from epo.reporting.reading.run_reader import read_run
+from epo.reporting.reading.trajectory_files import TrajectoryFiles
 
 ADDRESS = "http://viewer.test/"
 

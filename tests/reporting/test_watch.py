@@ -19,10 +19,10 @@ import uvicorn
 import viewer_run
 
 from epo.errors import UserError
-from epo.reporting.guard import hostname
+from epo.reporting.pages.guard import hostname
+from epo.reporting.pages.watch import WatchedRuns, make_app, serve
+from epo.reporting.reading.trajectory_files import TrajectoryFiles
 from epo.reporting.trajectories import index_entry
-from epo.reporting.trajectory_files import TrajectoryFiles
-from epo.reporting.watch import WatchedRuns, make_app, serve
 
 TOKEN = "0123456789abcdefABCDEF"
 

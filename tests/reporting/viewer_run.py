@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from epo.recipe import load_config
-from epo.reporting.report import write_report
-from epo.reporting.run_reader import read_run
+from epo.reporting.pages.report import write_report
+from epo.reporting.reading.run_reader import read_run
 from epo.reporting.trajectories import index_entry
 
 ROOMS = ("kitchen", "living room", "bedroom", "bathroom", "garden")

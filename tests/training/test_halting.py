@@ -12,8 +12,8 @@ from test_runs_repeat import files_of, metrics_of
 from typer.testing import CliRunner
 
 from epo.config import Config
-from epo.reporting import alarm_rules
-from epo.reporting.alarm_rules import Reading, Series, above
+from epo.reporting.health import rules as alarm_rules
+from epo.reporting.health.rules import Reading, Series, above
 from epo.training.session import train_run
 
 EVERY_STEP = ("steps=5", "checkpoint.every=1", "evaluation.every=0", "evaluation.episodes=1")

@@ -74,7 +74,7 @@ class HealthConfig(Section):
     def _name_alarms(cls, halt: list[str]) -> list[str]:
         if not halt:
             return halt
-        from epo.reporting.alarms import ALARMS
+        from epo.reporting.health.alarms import ALARMS
 
         if unknown := [name for name in halt if name not in ALARMS]:
             raise ValueError(f"there is no alarm {', '.join(map(repr, unknown))}: choose from {', '.join(ALARMS)}")

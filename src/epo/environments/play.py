@@ -10,7 +10,7 @@ from rich.console import Console
 
 from epo.environments.registry import make_suite
 from epo.errors import UserError
-from epo.reporting.text import visible, visible_lines
+from epo.reporting.terminal.text import visible, visible_lines
 from epo.types import Observation
 
 MAX_LISTED = 60

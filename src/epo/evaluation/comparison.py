@@ -45,7 +45,7 @@ _NO_OTHER_ARM = ("seed", "name", "record", "health", "logging", "model.threads",
 
 
 class ComparedRun(Protocol):
-    """What is read of a run; `epo.reporting.run_reader.RunData` has it."""
+    """What is read of a run; `epo.reporting.reading.run_reader.RunData` has it."""
 
     @property
     def name(self) -> str: ...

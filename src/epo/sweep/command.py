@@ -110,7 +110,7 @@ def compare_command(
     biased upward, the more so the more often and on the fewer episodes one evaluates.
     """
     from epo.evaluation.comparison import compare
-    from epo.reporting.run_reader import find_runs, read_run
+    from epo.reporting.reading.run_reader import find_runs, read_run
 
     comparison = compare([read_run(run) for run in find_runs(targets)], window=window)
     if as_json:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from epo.reporting.alarms import ALARMS
 from epo.reporting.health import Verdict
+from epo.reporting.health.alarms import ALARMS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -27,10 +27,10 @@ from epo.environments.registry import make_suite
 from epo.errors import UserError
 from epo.files import write_atomically
 from epo.reporting.loggers import open_loggers, require_loggers
-from epo.reporting.page_builder import has_plotly
+from epo.reporting.pages.builder import has_plotly
+from epo.reporting.pages.report import write_report
 from epo.reporting.plot import plot_run
-from epo.reporting.report import write_report
-from epo.reporting.run_reader import read_run
+from epo.reporting.reading.run_reader import read_run
 from epo.sampling._vllm_engine import require_vllm
 from epo.training.checkpoint import checkpoints, read_state
 from epo.training.demonstrations import collect_demonstrations
@@ -155,7 +155,7 @@ def provenance(suite: TaskSuite) -> dict[str, Any]:
         "commit": _commit(),
         "suite": {"name": suite.name, **suite.provenance()},
         "machine": {"system": platform.platform(), "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()},
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": ["epo" if Path(sys.argv[0]).name == "__main__.py" else Path(sys.argv[0]).name, *sys.argv[1:]],
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import yaml
 
 from epo.errors import UserError
-from epo.reporting.trajectory_files import inside
+from epo.reporting.reading.trajectory_files import inside
 
 _NEEDED = {
     "seed": int,

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from epo.errors import UserError
-from epo.reporting.json_lines import parse_object
-from epo.reporting.text import visible
+from epo.reporting.reading.json_lines import parse_object
+from epo.reporting.terminal.text import visible
 from epo.reporting.trajectories import index_entry
 
 Record = dict[str, Any]

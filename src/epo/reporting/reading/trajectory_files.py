@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from epo.errors import UserError
-from epo.reporting.json_lines import parse_object
+from epo.reporting.reading.json_lines import parse_object
 
 MAX_QUERY = 200
 """Characters of a search text."""

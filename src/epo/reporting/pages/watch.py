@@ -21,10 +21,10 @@ from starlette.routing import Route
 
 from epo.errors import UserError
 from epo.evaluation.comparison import compare
-from epo.reporting.guard import Guard, error
-from epo.reporting.page_builder import make_title, page_object, render_page
-from epo.reporting.run_reader import RunReader, find_runs
-from epo.reporting.trajectory_files import MAX_QUERY, TrajectoryFiles
+from epo.reporting.pages.builder import make_title, page_object, render_page
+from epo.reporting.pages.guard import Guard, error
+from epo.reporting.reading.run_reader import RunReader, find_runs
+from epo.reporting.reading.trajectory_files import MAX_QUERY, TrajectoryFiles
 
 _MAX_RUNS = 1000
 _TOKEN_LENGTH = 16

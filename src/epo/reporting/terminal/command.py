@@ -17,15 +17,15 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from epo.errors import UserError
-from epo.reporting.scales import SCALES
-from epo.reporting.show import TrajectoryView, has_colours, step_table, trajectory_table
-from epo.reporting.stored import Filter, StoredTrajectories, pick_row, read_vocabulary
-from epo.reporting.text import visible
+from epo.reporting.reading.stored import Filter, StoredTrajectories, pick_row, read_vocabulary
+from epo.reporting.terminal.scales import SCALES
+from epo.reporting.terminal.show import TrajectoryView, has_colours, step_table, trajectory_table
+from epo.reporting.terminal.text import visible
 from epo.types import StopReason
 
 
 class By(StrEnum):
-    """The names of `epo.reporting.scales.SCALES`."""
+    """The names of `epo.reporting.terminal.scales.SCALES`."""
 
     ENTROPY = "entropy"
     LOGPROB = "logprob"

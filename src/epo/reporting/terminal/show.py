@@ -1,6 +1,7 @@
 """Trajectories in a terminal: lists of them, and one as a chat whose every token shows what it was worth.
 
-What a model or an environment wrote goes through `epo.reporting.text`; nothing of it reaches the terminal otherwise.
+What a model or an environment wrote goes through `epo.reporting.terminal.text`; nothing of it reaches the
+terminal otherwise.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from epo.reporting.scales import Scale
-from epo.reporting.stored import Record, StoredTrajectories, piece_reader
-from epo.reporting.text import visible, visible_lines
+from epo.reporting.reading.stored import Record, StoredTrajectories, piece_reader
+from epo.reporting.terminal.scales import Scale
+from epo.reporting.terminal.text import visible, visible_lines
 
 FOLD_AT = 4000
 """Characters of an observation, and tokens of a response, that are shown of longer ones."""

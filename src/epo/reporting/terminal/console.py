@@ -16,8 +16,8 @@ from rich.live import Live
 from rich.text import Text
 
 from epo.evaluation.panels import PanelResult
-from epo.reporting.live_table import STEPS_SHOWN, RunState, duration, step_table
-from epo.reporting.text import visible
+from epo.reporting.terminal.live_table import STEPS_SHOWN, RunState, duration, step_table
+from epo.reporting.terminal.text import visible
 from epo.reporting.timetable import time_table
 
 _REFRESH_SECONDS = 0.5
@@ -208,6 +208,6 @@ def _can_redraw(console: Console) -> bool:
 
 
 def _alarm_titles() -> dict[str, str]:
-    from epo.reporting.alarms import ALARMS
+    from epo.reporting.health.alarms import ALARMS
 
     return {name: alarm.title for name, alarm in ALARMS.items()}

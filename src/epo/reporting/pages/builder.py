@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from epo.errors import UserError
 from epo.reporting.health import catalogue
-from epo.reporting.run_reader import RunData
+from epo.reporting.reading.run_reader import RunData
 
 STYLES = ("style", "viewer")
 SCRIPTS = (
@@ -144,7 +144,7 @@ def _scripts() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _asset(name: str) -> str:
-    text = (resources.files("epo.reporting") / "page" / name).read_text(encoding="utf-8")
+    text = (resources.files("epo.reporting.pages") / "assets" / name).read_text(encoding="utf-8")
     return _as_parsed(text) if name.endswith(".js") else text
 
 

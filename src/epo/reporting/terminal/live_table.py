@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from epo.evaluation.panels import PanelResult
-from epo.reporting.text import visible
+from epo.reporting.terminal.text import visible
 
 STEPS_SHOWN = 8
 MAX_HEIGHT = 20

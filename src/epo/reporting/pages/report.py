@@ -12,9 +12,9 @@ from typing import Any
 from epo.errors import UserError
 from epo.evaluation.comparison import compare
 from epo.files import write_atomically
-from epo.reporting.page_builder import make_title, page_object, render_page, require_plotly
-from epo.reporting.run_reader import RunData
-from epo.reporting.trajectory_files import TrajectoryFiles
+from epo.reporting.pages.builder import make_title, page_object, render_page, require_plotly
+from epo.reporting.reading.run_reader import RunData
+from epo.reporting.reading.trajectory_files import TrajectoryFiles
 
 TRAJECTORY_MB = 6.0
 """Default room for trajectories in a report, compressed, in MB."""

@@ -14,10 +14,10 @@ from typing import Any, cast
 
 from epo.errors import UserError
 from epo.evaluation.comparison import arm_name
-from epo.reporting.json_lines import JsonLines, parse_object
-from epo.reporting.run_config import finite, plain, read_config
+from epo.reporting.reading.json_lines import JsonLines, parse_object
+from epo.reporting.reading.run_config import finite, plain, read_config
+from epo.reporting.reading.trajectory_files import TrajectoryFiles, inside
 from epo.reporting.trajectories import INDEX_COLUMNS, index_entry
-from epo.reporting.trajectory_files import TrajectoryFiles, inside
 
 _DIGITS = 6
 """Significant digits of the numbers in a page."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from epo.reporting import alarm_rules as rules
-from epo.reporting.alarm_rules import Rule
+from epo.reporting.health import rules
+from epo.reporting.health.rules import Rule
 
 RAGEN = "RAGEN, arXiv 2504.20073"
 RAGEN_2 = "RAGEN-2, arXiv 2604.06268"
@@ -22,7 +22,7 @@ class Alarm:
     name: str
     title: str
     definition: str
-    """In words, with the default threshold of `HealthConfig`; the rule is `epo.reporting.alarm_rules.<name>`."""
+    """In words, with the default threshold of `HealthConfig`; the rule is `epo.reporting.health.rules.<name>`."""
     threshold: str
     """The default, and what it means."""
     source: str

@@ -59,8 +59,8 @@ def report(
 
     Works at any time: for a run that is at work, was stopped, or is finished.
     """
-    from epo.reporting.report import write_report
-    from epo.reporting.run_reader import find_runs, read_run
+    from epo.reporting.pages.report import write_report
+    from epo.reporting.reading.run_reader import find_runs, read_run
 
     if out is None and len(runs) > 1:
         raise UserError("several runs have no folder in common for their report: add --out comparison.html")
@@ -100,7 +100,7 @@ def watch(
     encrypted: over a network, come by `ssh -L 8765:localhost:8765 machine`.
     """
     try:
-        from epo.reporting.watch import serve
+        from epo.reporting.pages.watch import serve
     except ModuleNotFoundError as error:
         if error.name != "starlette":
             raise

@@ -17,8 +17,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from epo.config import HealthConfig
-from epo.reporting.alarm_rules import Reading, Series
-from epo.reporting.alarms import ALARMS, Alarm, catalogue
+from epo.reporting.health.alarms import ALARMS, Alarm, catalogue
+from epo.reporting.health.rules import Reading, Series
 
 __all__ = ["ALARMS", "Alarm", "Firing", "Health", "Verdict", "catalogue", "judge"]
 

@@ -1,0 +1,1 @@
+"""Run folders as data, also while they are written."""
