@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from epo.reporting.terminal.text import visible_lines
 from epo.sweep.folder import SweepFolder
 from epo.sweep.plan import PlannedRun, Sweep
 
@@ -51,7 +52,7 @@ class SweepProgress:
         self.note(f"{run.name}: {what}")
 
     def note(self, text: str) -> None:
-        self._console.print(escape(text), highlight=False, soft_wrap=True)
+        self._console.print(escape(visible_lines(text)), highlight=False, soft_wrap=True)
 
     def tick(self, active: list[PlannedRun]) -> None:
         now = time.monotonic()
