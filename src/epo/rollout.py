@@ -7,6 +7,7 @@ lengths only, never on timing: the same seed gives the same trajectories.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -173,6 +174,10 @@ class RolloutCollector:
             episode.prompt_ids = episode.context.open(answer)
         else:
             turn = trajectory.turns[-1]
+            if not (math.isfinite(answer.reward) and math.isfinite(answer.score)):
+                trajectory.stop_reason = StopReason.ENVIRONMENT_ERROR
+                trajectory.error = f"the environment answered with reward {answer.reward} and score {answer.score}"
+                return True
             turn.environment_reward = answer.reward
             turn.understood, turn.score = answer.understood, answer.score
             trajectory.success, trajectory.score = answer.success, answer.score

@@ -278,7 +278,7 @@ def test_a_failure_is_one_note_and_the_others_go_on(tmp_path: Path, monkeypatch:
 def test_a_crash_between_two_steps_gives_no_step_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     first, again = Failing(at=99), Failing(at=99)
     opened({"wandb": first}, monkeypatch)
-    killed = Loggers(config("logging.to=[wandb]"), tmp_path, step=0, note=pytest.fail)
+    killed = Loggers(config("logging.to=[wandb]"), tmp_path, step=0, first_step=1, note=pytest.fail)
     log(killed, range(0, 5))  # and no `close`
     opened({"wandb": again}, monkeypatch)
     session(config("logging.to=[wandb]"), tmp_path, range(3, 8))

@@ -56,7 +56,7 @@ def assert_same_run(one: Path, other: Path, *, critic: bool) -> None:
     assert (one / "eval.jsonl").read_bytes() == (other / "eval.jsonl").read_bytes()
     assert [json.loads(line)["step"] for line in (one / "eval.jsonl").read_text().splitlines()] == [0, 2, 4]
     trajectories = files_of(one / "trajectories", "*.jsonl")
-    assert len(trajectories) == 4 and trajectories == files_of(other / "trajectories", "*.jsonl")
+    assert len(trajectories) == 5 and trajectories == files_of(other / "trajectories", "*.jsonl")
     last = [folder / "checkpoints" / "step_000004" for folder in (one, other)]
     tensors = files_of(last[0], "*.safetensors")
     expected = {"optimizer.safetensors", "policy/model.safetensors"} | ({"critic.safetensors"} if critic else set())
@@ -109,7 +109,7 @@ def test_the_number_of_workers_does_not_change_what_is_learnt(minute_config: Cal
     for workers in (1, 3):
         run = tmp_path / str(workers)
         train_run(minute_config("steps=1", f"environment.workers={workers}"), run, QuietObserver(), resume=False)
-        (trajectories,) = files_of(run / "trajectories", "*.jsonl").values()
+        (trajectories,) = files_of(run / "trajectories", "step_*.jsonl").values()
         found.append([json.loads(line) for line in trajectories.decode().splitlines()])
     for one, other in zip(*found, strict=True):
         assert [turn["response_ids"] for turn in one["turns"]] == [turn["response_ids"] for turn in other["turns"]]

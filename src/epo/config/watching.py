@@ -47,7 +47,7 @@ class HealthConfig(Section):
     entropy_collapse: float = Field(default=0.1, ge=0, lt=1)
     """`entropy/mean` below this share of what the run began with."""
     entropy_oscillation: float = Field(default=0.5, gt=0)
-    """`entropy/oscillation` above this share of the mean entropy of the same steps."""
+    """`entropy/oscillation` above this share of the mean entropy of the steps before."""
     cascade: float = Field(default=2.0, gt=1)
     """Entropy of late turns less that of early turns, above this many times its recent median."""
     reward_variance: float = Field(default=0.25, ge=0, lt=1)

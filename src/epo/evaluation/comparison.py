@@ -21,6 +21,7 @@ from epo.evaluation.statistics import (
     bootstrap_interval,
     improvement_probability,
     interquartile_mean,
+    pointwise_intervals,
     relative_change,
 )
 from epo.recipe import parse_config
@@ -40,7 +41,10 @@ CURVES = (
 """Metrics that get a curve, besides success on every split."""
 TRAINING = "training"
 """Row of the table for the episodes of training: many, but at the training temperature and on tasks that were seen."""
-_NO_OTHER_ARM = ("seed", "name", "record", "health", "logging", "model.threads", "environment.workers")
+_NO_OTHER_ARM = (
+    *("seed", "name", "record", "health", "logging", "checkpoint", "model.threads", "environment.workers"),
+    *("sampler.kv_gib", "sampler.block_size", "sampler.max_weight_error"),
+)
 """Settings that may differ inside an arm."""
 
 
@@ -260,7 +264,8 @@ def success_by_step(run: ComparedRun, split: str) -> dict[int, float]:
     """Success on a split's panel, by RL steps done; with `TRAINING`, of the episodes that were learned from."""
     if split == TRAINING:
         return metric_by_step(run, "success/train")
-    return {e["step"]: p["success"] for e in run.evaluations for p in e["panels"] if p["split"] == split}
+    panels = [(e["step"], p) for e in run.evaluations for p in e["panels"] if p["split"] == split]
+    return {step: p["success"] for step, p in panels if isinstance(p.get("success"), int | float)}
 
 
 def metric_by_step(run: ComparedRun, name: str) -> dict[int, float]:
@@ -271,14 +276,20 @@ def metric_by_step(run: ComparedRun, name: str) -> dict[int, float]:
 
 def window_mean(run: ComparedRun, split: str, *, window: float) -> float | None:
     """Mean success over the evaluations in the last `window` of the run's steps; None without any."""
-    first = (1 - window) * run.total_steps
-    values = [v for step, v in success_by_step(run, split).items() if step > first or step == run.total_steps]
+    first, last = _before_window(run, window), run.total_steps
+    values = [v for step, v in success_by_step(run, split).items() if step > first or step == last]
     return float(np.mean(values)) if values else None
+
+
+def _before_window(run: ComparedRun, window: float) -> float:
+    """The last step before the window; rounded, or 0.34 of 50 steps would begin a step too early."""
+    return round((1 - window) * run.total_steps, 9)
 
 
 def last_part(run: ComparedRun, name: str, *, window: float) -> float | None:
     """Mean of a metric over the last `window` of the run's steps."""
-    values = [v for step, v in metric_by_step(run, name).items() if step > (1 - window) * run.total_steps]
+    first = _before_window(run, window)
+    values = [v for step, v in metric_by_step(run, name).items() if step > first]
     return float(np.mean(values)) if values else None
 
 
@@ -306,12 +317,18 @@ def _curve(series: Sequence[Mapping[int, float]]) -> dict[str, Any] | None:
     if not steps:
         return None
     values = [np.array([one[step] for one in series if step in one]) for step in steps]
-    intervals = [bootstrap_interval([v], confidence=CONFIDENCE, resamples=1000) for v in values]
+    low: list[float | None] = [None] * len(steps)
+    high = low.copy()
+    for count in {len(v) for v in values if len(v) > 1}:  # steps that as many runs have share their draws
+        places = [place for place, v in enumerate(values) if len(v) == count]
+        bounds = pointwise_intervals(np.stack([values[place] for place in places]), confidence=CONFIDENCE)
+        for place, (lower, upper) in zip(places, bounds.tolist(), strict=True):
+            low[place], high[place] = lower, upper
     return {
         "steps": steps,
         "mean": [float(v.mean()) for v in values],
-        "low": [None if i is None else i[0] for i in intervals],
-        "high": [None if i is None else i[1] for i in intervals],
+        "low": low,
+        "high": high,
         "runs": [len(v) for v in values],
     }
 

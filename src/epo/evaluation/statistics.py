@@ -69,6 +69,19 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def pointwise_intervals(
+    values_S_R: NDArray[np.float64], *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
+) -> NDArray[np.float64]:
+    """[S, 2] percentile intervals of the mean over R >= 2 runs at each of S steps: those of `bootstrap_interval`, with
+    the same draws of runs at every step."""
+    runs = values_S_R.shape[1]
+    drawn = np.random.default_rng(seed).integers(runs, size=(resamples, runs))
+    # How often each run was drawn: one product instead of a copy of the values for every resample.
+    weights_B_R = (drawn[:, :, None] == np.arange(runs)).mean(axis=1)
+    bounds = ((1 - confidence) / 2, (1 + confidence) / 2)
+    return np.quantile(values_S_R @ weights_B_R.T, bounds, axis=1).T
+
+
 def improvement_probability(strata: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]]) -> float:
     """Probability that a run of the first is better than one of the second on the same task set; ties count one half.
 

@@ -39,10 +39,22 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
         "context/dropped_turns": sum(max((k.dropped_turns for k in t.turns), default=0) for t in trajectories) / count,
         "context/drift": sum(turn.drifted for turn in turns) / max(1, len(turns)),
     }
+    # Of nothing there is no mean: a step that the environments lost says nothing of the policy.
+    survivors = [t for group in groups for t in group.survivors]
+    if not turns:
+        metrics = {name: value for name, value in metrics.items() if name not in _OF_TURNS}
+    if not survivors:
+        del metrics["reward/std"]
     for reason in StopReason:
         metrics[f"stop/{reason.value}"] = sum(t.stop_reason is reason for t in trajectories) / count
     # As in the entropy history: episodes that an environment error ended are no part of the policy's record.
-    return metrics | entropy_metrics([t for group in groups for t in group.survivors])
+    return metrics | entropy_metrics(survivors)
+
+
+_OF_TURNS = (
+    *("turns/invalid", "turns/not_understood", "turns/repeated", "context/drift"),
+    *("response/tokens", "response/tokens_max", "response/repetition"),
+)
 
 
 def entropy_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from epo.reporting.terminal.text import visible
+
 if TYPE_CHECKING:
     from epo.evaluation.comparison import Comparison
     from epo.sweep.folder import SweepFolder
@@ -85,7 +87,8 @@ def sweep_command(
     else:
         stdout.print(state_table(sweep, folder))
         stdout.print(f"sweep: {folder.path}", soft_wrap=True, highlight=False)
-    failures = folder.failures()
+    planned = {run.name for run in sweep.runs()}
+    failures = {run: visible(reason) for run, reason in folder.failures().items() if run in planned}
     for run, reason in failures.items():
         stderr.print(f"failed: {run}: {reason}", markup=False, highlight=False, soft_wrap=True)
     if not completed:

@@ -53,9 +53,8 @@ class SweepFolder:
                     f"{', '.join(different)}. Give the arm another name, or the sweep another --name"
                 )
         write_atomically(self.path / "sweep.yaml", yaml.safe_dump(sweep.plan.model_dump(mode="json"), sort_keys=False))
-        for arm, config in sweep.configs.items():
-            if not self._config_file(arm).is_file():
-                write_atomically(self._config_file(arm), config.to_yaml())
+        for arm, config in sweep.configs.items():  # what is kept and shown may have changed
+            write_atomically(self._config_file(arm), config.to_yaml())
 
     @contextmanager
     def locked(self) -> Iterator[int]:
@@ -66,7 +65,7 @@ class SweepFolder:
         Raises:
             UserError: another sweep, or what one left behind, is at work in this folder.
         """
-        if self.path.exists() and not (self.path / "sweep.yaml").is_file() and any(self.path.iterdir()):
+        if self.path.exists() and not self._is_ours():
             raise UserError(f"{str(self.path)!r} is there and is no sweep: give another --name")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -81,6 +80,12 @@ class SweepFolder:
                     f"another `epo sweep`, or a run that one left behind, is at work in {str(self.path)!r}: wait for it"
                 ) from None
             yield handle.fileno()
+
+    def _is_ours(self) -> bool:
+        """A sweep, or a folder that is empty but for the lock and drafts of one that was killed as it began."""
+        if not self.path.is_dir():
+            return False
+        return (self.path / "sweep.yaml").is_file() or all(file.name.startswith(".") for file in self.path.iterdir())
 
     def run(self, planned: PlannedRun) -> Path:
         return self.path / planned.name
@@ -98,6 +103,14 @@ class SweepFolder:
         if planned.name in self.failures():
             return State.FAILED
         return State.STOPPED if (run / "config.yaml").is_file() else State.WAITING
+
+    def halted(self, planned: PlannedRun) -> str | None:
+        """Why alarms ended the run; None if they did not."""
+        try:
+            halted = json.loads((self.run(planned) / "summary.json").read_text(encoding="utf-8"))["halted"]
+            return f"halted at step {halted['step']} by {', '.join(halted['alarms'])}" if halted else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def command(self, planned: PlannedRun) -> list[str]:
         """Arguments of `epo` that start this run, or go on with it."""

@@ -116,7 +116,7 @@ class SweepRunner:
             elif self._signals or code == _INTERRUPTED:
                 self.observer.changed(run, "stopped")
             else:
-                reason = f"exit code {code}: {self._last_line(run)}"
+                reason = self.folder.halted(run) or f"exit code {code}: {self._last_line(run)}"
                 self.folder.set_failure(run, reason)
                 self.observer.changed(run, f"failed, {reason} (more in {str(self.folder.log(run))!r})")
 

@@ -113,6 +113,7 @@ class RunFolder:
         writes it again."""
         _write(self.metrics_file, [line for line in self.metrics() if line["step"] <= step])
         _write(self.evaluations_file, evaluations)
+        (self.path / "summary.json").unlink(missing_ok=True)  # it told how the run ended
         if self.index_file.is_file():
             _write(self.index_file, [line for line in read_lines(self.index_file) if line["step"] <= step])
         for file in self.trajectories.glob("step_*.jsonl"):

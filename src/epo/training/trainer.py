@@ -250,17 +250,18 @@ class Trainer:
         return results
 
     def save(self) -> None:
-        """Write a checkpoint from which the run goes on exactly. The last good one is never dropped: the newest that no
-        alarm speaks against (of `health.halt`, where it names any)."""
+        """Write a checkpoint from which the run goes on exactly. The last good one is never dropped: the newest earlier
+        one that no alarm speaks against (of `health.halt`, where it names any), nor may at the next step."""
         state = {name: getattr(self.state, name) for name in TrainerState.__dataclass_fields__}
-        steps = [*map(step_of, checkpoints(self.run.checkpoints)), self.state.step]
+        # Not the one that is about to be written: an alarm at the next step speaks against it.
+        steps = map(step_of, checkpoints(self.run.checkpoints))
         save_checkpoint(
             self.run.checkpoints,
             self.learner,
             step=self.state.step,
             state=state,
             keep=self.config.checkpoint.keep,
-            protect=self.health.last_good(steps, alarms=self.config.health.halt),
+            protect=self.health.last_good(steps, alarms=self.config.health.halt, suspecting=True),
         )
 
 

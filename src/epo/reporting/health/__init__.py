@@ -109,7 +109,9 @@ class Health:
         active = {n: w.reading for n, w in self._watches.items() if w.firing is not None and w.reading is not None}
         return Verdict(step=self.step, active=active, began=tuple(began), ended=tuple(ended))
 
-    def last_good(self, checkpoints: Iterable[int], *, alarms: Collection[str] = ()) -> int | None:
+    def last_good(
+        self, checkpoints: Iterable[int], *, alarms: Collection[str] = (), suspecting: bool = False
+    ) -> int | None:
         """The newest of the `checkpoints` (numbers of finished steps) that no alarm speaks against; None without one.
 
         A step plays with the weights before it and ends with those after it. So a bad step speaks against the
@@ -117,8 +119,13 @@ class Health:
 
         Args:
             alarms: those that count; all by default.
+            suspecting: count alarms too whose rule fires now and that may begin at a later step.
         """
-        counting = [f for f in self.firings if not alarms or f.alarm in alarms]
+        firings = list(self.firings)
+        if suspecting:
+            begun = self._watches.items()
+            firings += [Firing(n, since=self.step - w.bad + 1) for n, w in begun if w.bad and w.firing is None]
+        counting = [f for f in firings if not alarms or f.alarm in alarms]
 
         def is_good(step: int) -> bool:
             return not any(f.since - 1 <= step and (f.until is None or step <= f.until) for f in counting)

@@ -70,7 +70,7 @@ _ALARMS = (
         name="entropy_oscillation",
         title="Entropy oscillation",
         definition="The standard deviation of the step-to-step changes of the mean entropy over the last 10 changes "
-        "exceeds half of the mean entropy of those steps, and 0.1 nats.",
+        "exceeds half of the mean entropy of the 10 steps before, and 0.1 nats.",
         threshold="share 0.5",
         source=f"{EPO} (oscillation between exploring too much and too little); {SEAL}; {OURS}",
         advice="more episodes per step (rollout.tasks_per_step), a lower optimizer.learning_rate, or "

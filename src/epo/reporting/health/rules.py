@@ -136,16 +136,16 @@ def best_level(before: Floats, window: int) -> float:
 
 
 def _surge_of(
-    series: Series, metrics: Iterable[str], config: HealthConfig, *, factor: float, rise: float
+    series: Series, metrics: Iterable[str], config: HealthConfig, *, factor: float, rise: float, least: float = 0.0
 ) -> Reading | None:
-    """The first metric that surges, else the last that can be judged."""
+    """The first metric that surges, else the last that can be judged. No limit is below `least`."""
     found: Reading | None = None
     for metric in metrics:
         now = series.last(metric)
         reading = None if now is None else surge(metric, now, series.before(metric), config, factor=factor, rise=rise)
         if reading is not None:
-            found = reading
-            if reading.fires:
+            found = above(metric, reading.value, max(reading.limit, least))
+            if found.fires:
                 break
     return found
 
@@ -171,7 +171,7 @@ def entropy_oscillation(series: Series, config: HealthConfig) -> Reading | None:
     now, before = series.last("entropy/oscillation"), series.before("entropy/mean")
     if now is None or len(before) < config.warmup:
         return None
-    level = float(np.mean(before[-10:]))  # the changes of `entropy/oscillation` span the last ten steps
+    level = float(np.mean(before[-10:]))  # without this step, which may be the one that jumped
     return above("entropy/oscillation", now, max(config.entropy_oscillation * level, ENTROPY_RISE))
 
 
@@ -196,8 +196,8 @@ def gradient_spike(series: Series, config: HealthConfig) -> Reading | None:
     skipped = series.last("update/skipped")
     if skipped:  # the loss or its gradient was not finite
         return above("update/skipped", skipped, 0.0)
-    found = _surge_of(series, ("policy/grad_norm", "value/grad_norm"), config, factor=config.gradient_spike, rise=0.0)
-    return None if found is None else above(found.metric, found.value, max(found.limit, LEAST_SPIKE))
+    metrics = ("policy/grad_norm", "value/grad_norm")
+    return _surge_of(series, metrics, config, factor=config.gradient_spike, rise=0.0, least=LEAST_SPIKE)
 
 
 def invalid_actions(series: Series, config: HealthConfig) -> Reading | None:

@@ -83,7 +83,8 @@ def open_loggers(
         step: finished steps.
         metrics, evaluations: lines of the run's files.
     """
-    loggers = Loggers(config, folder, step=step, note=note)
+    # Before the first evaluation of a run nothing of it counts, not even what was logged of step 0.
+    loggers = Loggers(config, folder, step=step, first_step=step + 1 if evaluations else 0, note=note)
     try:
         loggers.catch_up(metrics, evaluations)
         yield loggers
@@ -98,7 +99,9 @@ class Loggers:
     written before a step is logged: a crash in between costs a logger that step, and never gives it one twice.
     """
 
-    def __init__(self, config: Config, folder: Path, *, step: int, note: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: Config, folder: Path, *, step: int, first_step: int, note: Callable[[str], None]
+    ) -> None:
         self._note = note
         self._file = folder / "logging.json"
         self._kept = _read(self._file)
@@ -110,7 +113,7 @@ class Loggers:
             name=config.logging.run_name or folder.resolve().name,
             config=config.model_dump(mode="json"),
             is_online=config.logging.mode == "online",
-            first_step=step + 1,
+            first_step=first_step,
         )
         if (folder / "tensorboard").is_dir():  # a run from before this file was kept
             self._kept["logged"].setdefault("tensorboard", {"step": step, "evaluation": step})

@@ -217,8 +217,13 @@ def serve(
         )
         shown = _reachable(host)
         address = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}/" + (f"?token={token}" if token else "")
-        on_start(address, len(watched.readers))
-        uvicorn.Server(config).run(sockets=[listening])
+
+        class Server(uvicorn.Server):
+            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+                await super().startup(sockets=sockets)
+                on_start(address, len(watched.readers))  # from here on it answers, and Ctrl-C ends it
+
+        Server(config).run(sockets=[listening])
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -80,9 +80,9 @@ class JsonLines:
 
 
 def parse_object(text: bytes | str) -> dict[str, Any] | None:
-    """The JSON object that `text` is, or None."""
+    """The JSON object that `text` is, or None. NaN and infinity, which are no JSON, become null."""
     try:
-        entry = json.loads(text)
+        entry = json.loads(text, parse_constant=lambda name: None)
     except (ValueError, RecursionError):
         return None
     return cast("dict[str, Any]", entry) if isinstance(entry, dict) else None

@@ -148,7 +148,10 @@ class RunReader:
                 self.data = self._load()
                 return True
             before = (self.data.cursor, self._small_identity)
-            self._follow()
+            if self._is_behind:
+                self._restart()
+            else:
+                self._follow()
             return (self.data.cursor, self._small_identity) != before
         except (OSError, UserError):
             return False
@@ -165,6 +168,7 @@ class RunReader:
         data = self.data
         data.steps, data.metrics, data.evaluations, data.entries = [], {}, [], []
         data.generation = secrets.token_hex(6)
+        self._is_behind = False
         self._files = TrajectoryFiles(self.path)
         self._metrics = JsonLines(inside(self.path, "metrics.jsonl"))
         self._evaluations = JsonLines(inside(self.path, "eval.jsonl"))
@@ -176,9 +180,13 @@ class RunReader:
     def _follow(self) -> None:
         # The order in which a run writes is trajectories, index, metrics, evaluation: read backwards, whatever a line
         # refers to is there.
-        evaluations, evaluations_replaced = self._evaluations.read()
-        metrics, metrics_replaced = self._metrics.read()
-        index, index_replaced = self._index.read()
+        try:
+            evaluations, evaluations_replaced = self._evaluations.read()
+            metrics, metrics_replaced = self._metrics.read()
+            index, index_replaced = self._index.read()
+        except OSError:
+            self._is_behind = True  # what was read before the error is lost: the next time starts anew
+            raise
         if metrics_replaced or evaluations_replaced or index_replaced:
             self._restart()
             return

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from epo.errors import UserError
 from epo.reporting.reading.json_lines import parse_object
 from epo.reporting.terminal.text import visible
-from epo.reporting.trajectories import index_entry
+from epo.reporting.trajectories import INDEX_COLUMNS, index_entry
 
 Record = dict[str, Any]
 
@@ -70,7 +70,8 @@ class StoredTrajectories:
         self._index: dict[int, Record] = {}
         if (index := self.folder / "index.jsonl").is_file():
             entries = (parse_object(line) for line in index.read_bytes().split(b"\n"))
-            self._index = {entry["step"]: entry["columns"] for entry in entries if entry is not None}
+            # What is damaged is made anew from the step's own file.
+            self._index = {e["step"]: e["columns"] for e in entries if e is not None and _is_whole(e)}
 
     def file(self, step: int) -> Path:
         return self.folder / f"step_{step:06d}.jsonl"
@@ -165,3 +166,12 @@ def piece_reader(vocabulary: list[str] | None) -> Callable[[int], str]:
         return visible(vocabulary[token])
 
     return piece
+
+
+def _is_whole(entry: Record) -> bool:
+    columns = entry.get("columns")
+    if not isinstance(entry.get("step"), int) or not isinstance(columns, dict):
+        return False
+    found = cast("dict[str, Any]", columns)
+    lengths = {len(column) if isinstance(column, list) else -1 for column in found.values()}
+    return tuple(found) == INDEX_COLUMNS and len(lengths) == 1 and -1 not in lengths

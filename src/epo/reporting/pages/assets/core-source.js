@@ -121,7 +121,8 @@
         changed = true;
         return;
       }
-      const hasNew = ["steps", "evaluations"].some((key) => part[key]?.length) || part.finished !== runs[i].finished;
+      const ended = part.finished !== runs[i].finished || !part.halted !== !runs[i].halted;
+      const hasNew = ended || ["steps", "evaluations"].some((key) => part[key]?.length);
       mergeRun(runs[i], part);
       changed ||= hasNew;
     });
@@ -173,8 +174,10 @@
     if (live.lostSince) return ["lost", `Connection lost since ${clock(live.lostSince)}, trying again`, live.error];
     const since = clock(live.changedAt);
     if (!runs.length) return ["live", "Live, waiting for a run"];
-    const running = runs.filter((run) => !run.finished);
-    if (!running.length) return ["finished", runs.length > 1 ? `All ${runs.length} runs finished` : "Finished"];
+    const running = runs.filter((run) => !run.finished && !run.halted);
+    const word = runs.some((run) => run.halted) ? "ended, not all by themselves" : "finished";
+    if (!running.length && runs.length > 1) return ["finished", `All ${runs.length} runs ${word}`];
+    if (!running.length) return ["finished", runs[0].halted ? "Halted by an alarm" : "Finished"];
     const last = runs.length > 1 ? `${running.length} of ${runs.length} runs going on` : stepOf(running[0]);
     return ["live", `Live, ${last}, last change ${since}`];
   }
