@@ -148,6 +148,9 @@ def test_nothing_sampled_has_no_entropy():
     found = rollout_metrics([group(lost)])
     assert not any(name.startswith("entropy/") for name in found)
     assert found["stop/environment_error"] == 1.0 and found["turns/mean"] == 0.0
+    # Nor has it a length, a share of invalid turns or a spread of rewards: 0 would say something of the policy.
+    absent = {"reward/std", "turns/invalid", "turns/repeated", "response/tokens", "response/repetition"}
+    assert not absent & found.keys()
 
 
 def test_oscillation_is_the_spread_of_the_last_ten_changes():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from epo.rollout import EpisodeSpec, RolloutCollector
 from epo.sampling.base import Completion, Request, Sampler
 from epo.sampling.local import LocalSampler
 from epo.training.policy import Policy
-from epo.types import StopReason, Task, Trajectory, TrajectoryGroup
+from epo.types import Step, StopReason, Task, Trajectory, TrajectoryGroup
 
 OPTIONS = {"length": 3, "choices": 2, "tasks": 4}
 SUITE = make_suite("corridor", OPTIONS)
@@ -208,6 +210,22 @@ def test_drift_is_counted_and_nothing_is_encoded_again(
     assert rollout_metrics([TrajectoryGroup(task=TASKS[0], trajectories=[found])])["context/drift"] == 1.0
     (row,) = pack([found]).rows
     assert row.token_ids_T[row.trained_T].tolist() == letters * 2
+
+
+@pytest.mark.parametrize("field", ["reward", "score"])
+def test_an_environment_that_pays_no_number_is_at_fault(
+    collect: Callable[..., tuple[list[Trajectory], Script]], pool: EnvPool, monkeypatch: pytest.MonkeyPatch, field: str
+):
+    gather = pool.gather
+
+    def spoilt(pending: Any) -> Any:
+        answers = gather(pending)
+        return [replace(a, **{field: math.nan}) if isinstance(a, Step) and a.terminated else a for a in answers]
+
+    monkeypatch.setattr(pool, "gather", spoilt)
+    (found,), _ = collect(right_word, tasks=TASKS[:1])
+    assert found.stop_reason is StopReason.ENVIRONMENT_ERROR and f"{field} nan" in (found.error or "")
+    assert math.isfinite(found.total_reward) and math.isfinite(found.score) and not found.success
 
 
 def test_window_contexts_are_rendered_anew(collect: Callable[..., tuple[list[Trajectory], Script]], policy: Policy):

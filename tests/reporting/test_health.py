@@ -15,6 +15,8 @@ from epo.errors import UserError
 from epo.recipe import load_config
 from epo.reporting.health import ALARMS, RELEASE, Health, catalogue, judge
 from epo.reporting.health.rules import SOLVED
+from epo.reporting.metrics import rollout_metrics
+from epo.types import StopReason, Task, Trajectory, TrajectoryGroup
 
 NAMES = [
     *("entropy_eruption", "entropy_collapse", "entropy_oscillation", "cascade", "reward_variance", "gradient_spike"),
@@ -175,6 +177,26 @@ def test_a_gradient_that_is_not_finite_is_a_spike():
     assert judge(history)[START - 1].began == ("gradient_spike",)
 
 
+def test_a_small_policy_norm_does_not_hide_what_the_critic_does():
+    """The policy's norm jumps, below the least that is a spike; the critic's does, far above it."""
+
+    def change(i: int, m: dict[str, float]) -> Mapping[str, float]:
+        return {"policy/grad_norm": 0.3, "value/grad_norm": 500.0} if i == 0 else {}
+
+    calm = [{**line, "policy/grad_norm": 0.05, "value/grad_norm": 2.0} for line in run(seed=0)]
+    verdict = judge(spoilt(calm, START, change))[START - 1]
+    assert verdict.active["gradient_spike"].metric == "value/grad_norm"
+
+
+def test_a_step_that_the_environments_lost_is_no_change_of_the_policy():
+    task = Task(suite="s", id="t", split="train")
+    lost = Trajectory(task=task, turns=[], stop_reason=StopReason.ENVIRONMENT_ERROR)
+    outage = rollout_metrics([TrajectoryGroup(task=task, trajectories=[lost] * 4)])
+    history = run(seed=0)
+    history[START : START + 6] = [outage] * 6
+    assert not any(verdict.active for verdict in judge(history))
+
+
 def test_nothing_is_judged_that_is_not_there():
     """Old records lack metrics; steps lost to the environment have none at all; numbers may be null."""
     for line in ({}, {"step": 1, "entropy/mean": None, "note": "text"}):
@@ -229,6 +251,16 @@ def test_the_last_good_checkpoint_was_neither_played_badly_nor_made_badly():
     assert health.last_good([10, 38, 39, 40, 41, 42]) == 42
     assert health.last_good([39, 40]) is None and health.last_good([]) is None
     assert health.last_good([39, 40], alarms=["length"]) == 40
+
+
+def test_a_streak_that_may_become_an_alarm_is_suspected():
+    """An alarm of three bad steps in a row speaks against all of them, so the first two are suspected already."""
+    health = Health(HealthConfig())
+    for line in spoilt(run(seed=0), START, BAD["reward_variance"][1])[: START + 1]:
+        health.observe(line)
+    assert health.firings == []
+    assert health.last_good(range(START + 2)) == START + 1
+    assert health.last_good(range(START + 2), suspecting=True) == START - 2
 
 
 def test_a_persistent_alarm_speaks_against_all_its_bad_steps():

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from epo.errors import UserError
+from epo.recipe import load_config
 from epo.sweep.folder import State, SweepFolder
 from epo.sweep.plan import PlannedRun, load_sweep
 from epo.sweep.runner import SweepRunner, check_parallel
@@ -191,3 +192,31 @@ def test_no_more_runs_than_cores() -> None:
     assert check_parallel(1, threads=1) == 1
     with pytest.raises(UserError, match="--parallel"):
         check_parallel(cores + 1, threads=1)
+
+
+def test_what_is_kept_and_shown_may_change_and_reaches_the_runs(stage: Stage) -> None:
+    sweep = load_sweep(Path("two.yaml"))
+    for arm, config in list(sweep.configs.items()):
+        config.health.halt = ["entropy_eruption"]
+        stage.folder.prepare(sweep)
+        assert load_config(str(stage.folder.path / "arms" / f"{arm}.yaml")).health.halt == ["entropy_eruption"]
+
+
+def test_a_sweep_that_was_killed_as_it_began_may_begin_again(tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path / "new")
+    folder.path.mkdir()
+    (folder.path / ".lock").touch()
+    with folder.locked():
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is no sweep"), SweepFolder(tmp_path / "file").locked():
+        pass
+
+
+def test_a_halted_run_is_named_with_its_alarms(stage: Stage) -> None:
+    planned = stage.runs[0]
+    stage.folder.run(planned).mkdir(parents=True)
+    summary = {"finished": False, "halted": {"step": 7, "alarms": ["length"], "last_good": None}}
+    (stage.folder.run(planned) / "summary.json").write_text(json.dumps(summary))
+    assert stage.folder.halted(planned) == "halted at step 7 by length"
+    assert stage.folder.halted(stage.runs[1]) is None

@@ -13,6 +13,7 @@ from epo.evaluation.statistics import (
     bootstrap_interval,
     improvement_probability,
     interquartile_mean,
+    pointwise_intervals,
     relative_change,
 )
 
@@ -49,6 +50,13 @@ def test_the_interval_of_two_strata_is_that_of_every_resample_there_is() -> None
     # Quantiles of so few values are steps: the sampled one may be a step beside.
     assert means[3] <= low <= means[7]
     assert means[-8] <= high <= means[-4]
+
+
+def test_pointwise_intervals_are_those_of_every_step_on_its_own() -> None:
+    values_S_R = np.random.default_rng(0).normal(size=(7, 5))
+    found = pointwise_intervals(values_S_R, resamples=1000)
+    for step, values in enumerate(values_S_R):
+        assert found[step] == pytest.approx(bootstrap_interval([values], resamples=1000))
 
 
 def test_strata_are_kept_apart() -> None:
