@@ -380,9 +380,18 @@ def _print_panels(results: Sequence[PanelResult]) -> None:
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
-    state = "finished" if summary["finished"] else "halted" if summary["halted"] else "stopped; --resume goes on"
+    state = "finished" if summary["finished"] else "stopped; --resume goes on"
+    if halted := summary["halted"]:
+        state = f"halted by {', '.join(halted['alarms'])}; --resume health.halt=[] goes on all the same"
     stdout.print(f"\n{summary['recipe']}, seed {summary['seed']}: {summary['steps']} steps, {state}", highlight=False)
-    table = Table("panel", "before RL", "95 % interval", "at the end", "95 % interval", "episodes")
+    table = Table(
+        "panel",
+        "before RL",
+        "95 % interval",
+        "at the end" if summary["finished"] else "last",
+        "95 % interval",
+        "episodes",
+    )
     for split, panel in summary["eval"].items():
         first, last = panel["initial"], panel["final"]
         table.add_row(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from made_up_runs import History, between, recorded, run, spoilt
 
 from epo.config import Config, HealthConfig
 from epo.errors import UserError
+from epo.objectives.control import METHODS
 from epo.recipe import load_config
 from epo.reporting.health import ALARMS, RELEASE, Health, catalogue, judge
 from epo.reporting.health.rules import SOLVED
@@ -302,3 +304,8 @@ def test_what_cannot_be_meant_is_refused(override: str, words: tuple[str, ...]):
 def test_halting_alarms_are_taken_by_name():
     config: Config = load_config("base", ["health.halt=[entropy_eruption, length]"])
     assert config.health.halt == ["entropy_eruption", "length"]
+
+
+def test_advice_names_methods_that_there_are():
+    named = {found for alarm in ALARMS.values() for found in re.findall(r"entropy\.method=(\w+)", alarm.advice)}
+    assert named and named <= METHODS.keys()

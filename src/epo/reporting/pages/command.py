@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import sys
 from contextlib import suppress
@@ -63,7 +64,11 @@ def report(
     from epo.reporting.reading.run_reader import find_runs, read_run
 
     if out is None and len(runs) > 1:
-        raise UserError("several runs have no folder in common for their report: add --out comparison.html")
+        raise UserError(
+            "a report of several runs belongs to none of them: say where it goes, such as --out comparison.html"
+        )
+    if not math.isfinite(trajectory_mb):
+        raise UserError(f"--trajectory-mb {trajectory_mb} is no size: give a number such as 20")
     path = out or runs[0] / "report.html"
     found = [read_run(run) for run in find_runs(runs)]
     written = write_report(path, found, steps=_parse_steps(steps), trajectory_mb=trajectory_mb)

@@ -5,8 +5,10 @@ It only reads, and only the files of the runs it was given.
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import json
+import os
 import secrets
 import socket
 from collections.abc import Callable, Sequence
@@ -231,9 +233,10 @@ def _listen(host: str, port: int) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=128)
     except OSError as problem:
-        advice = "another --port, or --port 0 for any that is free"
+        is_address = problem.errno == errno.EADDRNOTAVAIL
+        advice = "an address of this machine" if is_address else "another --port, or --port 0 for any that is free"
         raise UserError(
-            f"--host {host} --port {port} cannot be listened on ({problem.strerror}): give {advice}"
+            f"--host {host} --port {port} cannot be listened on ({os.strerror(problem.errno or 0)}): give {advice}"
         ) from None
 
 

@@ -157,7 +157,7 @@
   function stateWords(run) {
     const step = run.steps.at(-1) ?? 0;
     if (run.halted) return `halted after step ${step}`;
-    if (run.finished) return EPO.plural(step, "step");
+    if (run.finished) return `finished, ${EPO.plural(step, "step")}`;
     const going = EPO.page.mode === "live" ? "running" : "not finished";
     return `${going}, step ${step} of ${run.total_steps ?? "?"}`;
   }
