@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from epo.objectives.products import product, uses_onednn
+
 _Apply: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
 
 EXCLUDED = -1e30
@@ -32,10 +34,14 @@ def _slices(total: int, step: int) -> Iterator[slice]:
 class _Buffers:
     """Memory for the tiles of one call, reused: fresh pages for every tile would cost more than the arithmetic."""
 
-    def __init__(self, count: int, elements: int, *, like: Tensor, dtype: torch.dtype) -> None:
-        self._flat = torch.empty(count, elements, dtype=dtype, device=like.device)
+    def __init__(self, elements: int, *, like: Tensor, dtype: torch.dtype) -> None:
+        self._elements = elements
+        self._options: dict[str, Any] = {"dtype": dtype, "device": like.device}
+        self._flat: dict[int, Tensor] = {}
 
     def tile(self, index: int, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+        if index not in self._flat:
+            self._flat[index] = torch.empty(self._elements, **self._options)
         flat = self._flat[index] if dtype is None else self._flat[index].view(dtype)
         return flat[: rows * columns].view(rows, columns)
 
@@ -220,7 +226,6 @@ class _Head:
         self.bias_V = None if bias_V is None else (bias_V.to(self.dtype) * self.alpha).clamp(min=EXCLUDED)
         self.excluded_V = None if bias_V is None else bias_V == -torch.inf
         self._buffers = _Buffers(
-            2 if options.softcap is None else 3,
             min(self.num, options.tile_tokens) * min(self.vocab, options.tile_vocab),
             like=hidden_N_D,
             dtype=self.dtype,
@@ -240,12 +245,18 @@ class _Head:
         return self._buffers.tile(index, tokens.stop - tokens.start, vocab.stop - vocab.start, dtype)
 
     def logits(self, tokens: slice, vocab: slice, weight: Tensor) -> Tensor:
-        """One tile, in buffer 0; buffer 1 is overwritten if the factors are of a lower precision."""
-        out = self.tile(0, tokens, vocab)
-        if self.factor_dtype == self.dtype:
+        """One tile, in buffer 0 or, from oneDNN, in memory of its own. Buffer 1 is overwritten if the factors are of a
+        lower precision."""
+        if uses_onednn(self.hidden_N_D, weight):
+            out = product(self.hidden_N_D[tokens], weight)
+            if self.alpha != 1.0:
+                out.mul_(self.alpha)
+        elif self.factor_dtype == self.dtype:
+            out = self.tile(0, tokens, vocab)
             torch.addmm(out, self.hidden_N_D[tokens], weight.T, beta=0.0, alpha=self.alpha, out=out)
         else:
             low = torch.mm(self.hidden_N_D[tokens], weight.T, out=self.tile(1, tokens, vocab, self.factor_dtype))
+            out = self.tile(0, tokens, vocab)
             out.copy_(low).mul_(self.alpha)
         if self.bias_V is not None:
             out.add_(self.bias_V[vocab])
@@ -277,9 +288,9 @@ def _product_dtype(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> torch.
 
 def _accumulate(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -> None:
     """total += left @ right, or = for the first product, whose total is not initialised."""
-    if left.dtype != total.dtype:
-        product = left @ right
-        _ = total.copy_(product) if is_first else total.add_(product)
+    if left.dtype != total.dtype or uses_onednn(left, right):
+        part = product(left, right.T)
+        _ = total.copy_(part) if is_first else total.add_(part)
     elif is_first:
         torch.mm(left, right, out=total)
     else:
@@ -296,7 +307,7 @@ class LogitStatistics(torch.autograd.Function):
         num, vocab = logits_N_V.shape
         dtype = _compute_dtype(logits_N_V)
         statistics = _RunningStatistics(num, like=logits_N_V, dtype=dtype)
-        buffers = _Buffers(2, min(num, tile_rows) * vocab, like=logits_N_V, dtype=dtype)
+        buffers = _Buffers(min(num, tile_rows) * vocab, like=logits_N_V, dtype=dtype)
         for tokens in _slices(num, tile_rows):
             rows = tokens.stop - tokens.start
             logits = _scaled(logits_N_V[tokens], temperature, out=buffers.tile(0, rows, vocab))
@@ -318,7 +329,7 @@ class LogitStatistics(torch.autograd.Function):
         temperature, tile_rows, dtype = ctx.options
         num, vocab = logits_N_V.shape
         gradient = _LogitGradient(grad_logprobs_N, grad_entropy_N, entropy_N, lse_N, scale=1.0 / temperature)
-        buffers = _Buffers(2, min(num, tile_rows) * vocab, like=logits_N_V, dtype=dtype)
+        buffers = _Buffers(min(num, tile_rows) * vocab, like=logits_N_V, dtype=dtype)
         grad_N_V = torch.empty_like(logits_N_V)
         for tokens in _slices(num, tile_rows):
             rows = tokens.stop - tokens.start

@@ -10,17 +10,20 @@ Legend: N rows, I inputs, O outputs.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from epo.objectives.products import onednn_is_right
 from epo.training.adapters import effective_weight
+from epo.training.linear import OneDnnLinear
 
 _ROWS = 16
 """The number of rows that packed weights are laid out for; others are as right, and hardly slower."""
+
+_PLAIN = (nn.Linear, OneDnnLinear)
 
 
 class UnknownLinear(Exception):
@@ -33,7 +36,7 @@ def weight_and_bias(linear: nn.Module, *, adapter: str | None) -> tuple[Tensor, 
     Raises:
         UnknownLinear: neither a plain `nn.Linear` nor a plain LoRA layer of peft.
     """
-    if type(linear) is nn.Linear:
+    if isinstance(linear, nn.Linear) and type(linear) in _PLAIN:
         return linear.weight.detach(), linear.bias
     if not _is_plain_lora(linear):
         raise UnknownLinear(f"it holds a layer of type {type(linear).__name__}")
@@ -47,7 +50,7 @@ def _is_plain_lora(linear: nn.Module) -> bool:
         from peft.tuners.lora.layer import Linear as LoraLinear
     except ImportError:
         return False
-    if type(linear) is not LoraLinear or type(linear.get_base_layer()) is not nn.Linear:
+    if type(linear) is not LoraLinear or type(linear.get_base_layer()) not in _PLAIN:
         return False
     layer: Any = linear
     # Variants such as DoRA compute something else than a sum; a bias of its own is no part of the weight.
@@ -87,24 +90,3 @@ def _pack(weight_O_I: Tensor) -> Tensor:
 
 def _multiply(x_N_I: Tensor, packed: Tensor, bias_O: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x_N_I, packed, bias_O, "none", [], "")
-
-
-@functools.cache
-def onednn_is_right(dtype: torch.dtype) -> bool:
-    """Whether torch's private oneDNN operators exist here, take `dtype`, and multiply correctly."""
-    generator = torch.Generator().manual_seed(0)
-    weight_O_I = torch.randn(48, 80, generator=generator).to(dtype)
-    bias_O = torch.randn(48, generator=generator).to(dtype)
-    tolerance = 1e-5 if dtype is torch.float32 else 2e-2
-    with torch.inference_mode():
-        try:
-            packed = _pack(weight_O_I)
-            for rows in (1, 3, 40):
-                x_N_I = torch.randn(rows, 80, generator=generator).to(dtype)
-                exact = nn.functional.linear(x_N_I.double(), weight_O_I.double(), bias_O.double())
-                error = (_multiply(x_N_I, packed, bias_O).double() - exact).norm() / exact.norm()
-                if not error < tolerance:
-                    return False
-        except (AttributeError, RuntimeError):  # no such operator, other arguments, or not on this processor
-            return False
-    return True

@@ -31,6 +31,7 @@ from epo.training.adapters import (
     tensors_digest,
 )
 from epo.training.hardware import resolve_compute, resolve_device
+from epo.training.linear import through_onednn
 from epo.training.model_directory import load_directory, load_tokenizer, refuse_unsupported
 from epo.training.padding_free import flat_rows
 from epo.training.recomputation import enable_recomputation, recomputing
@@ -323,6 +324,7 @@ def _ready_policy(
     model.to(device)
     model.eval()  # no dropout: the sampler and the learner must compute the same numbers
     adapters = None if base is None else Adapters(model, config.lora, base, seed=seed)
+    through_onednn(model)
     if config.gradient_checkpointing:
         enable_recomputation(model, adapters)
     compute = resolve_compute(config, device)
