@@ -2,6 +2,7 @@
 # make test    set everything up and run the tests
 # make lint    ruff and pyright
 # make docs    write the generated pages of docs/
+# make reproduce-smoke   rerun a sliver of the benchmark, and compare docs/findings.md with the kept data
 # make crosscheck   compare the objectives with what verl and TRL ship
 # make test-vllm    test the vLLM sampler with real engines, on vLLM's CPU build
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 NAME ?= quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: train test browser lint docs alfworld crosscheck test-vllm clean
+.PHONY: train test browser lint docs alfworld reproduce-smoke crosscheck test-vllm clean
 
 train: $(VENV)/.train
 	$(BIN)/epo train quickstart --name $(NAME)
@@ -38,6 +39,12 @@ docs: $(VENV)/.train
 # ALFWorld's engine, for the suites household and alfworld; parts of it compile from source (g++, cmake, make).
 alfworld: $(VENV)/.train
 	$(PIP) --no-deps --requirement requirements/alfworld.txt
+
+# In a new folder every time, so that nothing is taken over from an earlier one.
+reproduce-smoke: $(VENV)/.train
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+	  $(BIN)/epo sweep benchmarks/sweeps/smoke.yaml --sweeps "$$folder" && $(BIN)/epo compare "$$folder/smoke"
+	$(BIN)/python benchmarks/findings.py --check
 
 # An environment of its own: fully pinned, and without resolving, so that no other build of torch comes in.
 crosscheck: .venv-crosscheck/.installed

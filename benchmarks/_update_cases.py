@@ -5,6 +5,7 @@ Legend: B rows, T tokens, V vocabulary, N trained tokens of the step, n of a mic
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from epo.config import Config
@@ -23,6 +24,7 @@ from epo.recipe import parse_config
 from epo.training.batch import flatten
 from epo.training.credit import critic_free_advantages
 from epo.training.learner import Learner
+from epo.training.linear import OneDnnLinear
 from epo.training.passes import Passes
 from epo.training.policy import Policy, load_policy
 from epo.training.tiny import build_tokenizer
@@ -143,6 +145,15 @@ def make_learner(policy: Policy, config: Config) -> Learner:
     return Learner(policy, config, make_control(config.entropy.method, **config.entropy.options()))
 
 
+def plain_twin(model: nn.Module) -> Any:
+    """The model as transformers loads it, on the same parameters: linear layers are torch's own."""
+    twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    for module in twin.modules():
+        if type(module) is OneDnnLinear:
+            module.__class__ = nn.Linear
+    return twin
+
+
 class PlainTrainer:
     """What a training script with transformers does: the model's own logits of every position, `log_softmax`, entropy,
     a masked loss, AdamW. The same rows, micro-batches and loss as the learner's, under autocast for bfloat16."""
@@ -151,6 +162,7 @@ class PlainTrainer:
         self, policy: Policy, config: Config, groups: Sequence[TrajectoryGroup], optimizer: torch.optim.Optimizer
     ) -> None:
         self.policy = policy
+        self.model = plain_twin(policy.model)
         self.config = config
         trajectories = [t for group in groups for t in group.trajectories]
         batch = pack(trajectories)
@@ -174,7 +186,7 @@ class PlainTrainer:
                 return spread_B_T
 
             with self.policy.autocast():
-                logits_B_T_V = self.policy.model(input_ids=micro.token_ids_B_T, use_cache=False).logits
+                logits_B_T_V = self.model(input_ids=micro.token_ids_B_T, use_cache=False).logits
             logprobs_B_T_V = torch.log_softmax(logits_B_T_V.float() / self.config.rollout.temperature, dim=-1)
             chosen_B_T = logprobs_B_T_V.gather(-1, spread(micro.targets_n)[..., None])[..., 0]
             entropy_B_T = -(logprobs_B_T_V.exp() * logprobs_B_T_V).sum(-1)

@@ -1,0 +1,161 @@
+"""The tables of docs/findings.md, from the runs that are kept under benchmarks/results/.
+
+    python benchmarks/findings.py            # writes them between the page's markers
+    python benchmarks/findings.py --check    # exit code 1 if the page says anything else than the data
+
+What is computed was fixed before the runs: a run's success is that of its training episodes in the last fifth of its
+steps (hundreds of episodes, where a panel has some dozens), its oscillation the standard deviation of the change of
+mean entropy from one step to the next over the whole run. Differences between two arms get the exact two-sided
+permutation test over seeds: the share of all ways to deal the same numbers to the two arms that differ by as much.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from epo.evaluation.comparison import (
+    TRAINING,
+    Arm,
+    Comparison,
+    compare,
+    environment_steps,
+    last_part,
+    metric_by_step,
+    oscillation_of_entropy,
+    sampled_tokens,
+    window_mean,
+)
+from epo.evaluation.statistics import bootstrap_interval, improvement_probability, interquartile_mean
+from epo.reporting.reading.run_reader import find_runs, read_run
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "findings.md"
+WINDOW = 0.2
+RESAMPLES = 10_000
+
+Values = NDArray[np.float64]
+
+
+def per_seed(comparison: Comparison, arm: Arm, what: str) -> Values:
+    """One number for each complete run of an arm."""
+    read = {
+        "success": lambda run: window_mean(run, TRAINING, window=WINDOW),
+        "iid": lambda run: window_mean(run, "iid", window=WINDOW),
+        "ood": lambda run: window_mean(run, "ood", window=WINDOW),
+        "oscillation": oscillation_of_entropy,
+        "highest": lambda run: max(metric_by_step(run, "entropy/mean").values()),
+        "lowest": lambda run: lowest_of_five(list(metric_by_step(run, "success/train").values())),
+        "entropy": lambda run: last_part(run, "entropy/mean", window=WINDOW),
+        "turns": environment_steps,
+        "tokens": sampled_tokens,
+    }[what]
+    return np.array([read(comparison.runs[i]) for i in arm.complete], dtype=float)
+
+
+def lowest_of_five(success: Sequence[float]) -> float:
+    """The lowest mean of five steps in a row: how deep a run fell."""
+    return min(float(np.mean(success[i : i + 5])) for i in range(len(success) - 4))
+
+
+def permutation_p(ours: Values, theirs: Values) -> float:
+    """Exact two-sided permutation test of a difference in means."""
+    together = np.concatenate([ours, theirs])
+    seen = abs(ours.mean() - theirs.mean())
+    total, count = together.sum(), len(ours)
+    sums = np.array([together[list(chosen)].sum() for chosen in itertools.combinations(range(len(together)), count)])
+    differences = np.abs(sums / count - (total - sums) / (len(together) - count))
+    return float((differences >= seen - 1e-12).mean())
+
+
+def ratio_interval(ours: Values, theirs: Values) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the ratio of means; seeds of each arm are drawn anew."""
+    rng = np.random.default_rng(0)
+    up, down = (x[rng.integers(len(x), size=(RESAMPLES, len(x)))].mean(axis=1) for x in (ours, theirs))
+    low, high = np.quantile(up / np.maximum(down, 1e-9), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def with_interval(values: Values, digits: int = 2) -> str:
+    interval = bootstrap_interval([values])
+    mean = f"{values.mean():.{digits}f}"
+    return mean if interval is None else f"{mean} ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})"
+
+
+def ratio(ours: Values, theirs: Values) -> str:
+    low, high = ratio_interval(ours, theirs)
+    return f"{ours.mean() / theirs.mean():.2f} ({low:.2f} to {high:.2f})"
+
+
+def arm_names(comparison: Comparison) -> dict[str, str]:
+    """What an arm is called in its sweep: the part of its runs' names before the seed."""
+    return {arm.name: comparison.runs[arm.runs[0]].name.rpartition("--seed")[0] for arm in comparison.arms}
+
+
+def table(sweep: str) -> str:
+    """Two tables of a sweep: success, and entropy; each arm against the first without entropy control."""
+    comparison = compare([read_run(run) for run in find_runs([HERE / "results" / sweep])], window=WINDOW)
+    names = arm_names(comparison)
+    base = next(arm for arm in comparison.arms if arm.name == comparison.baseline)
+    lines = [
+        "| arm | seeds | success, training | IQM | over the baseline's | P(better) | p "
+        "| `iid` | `ood` | lowest five steps |",
+        "| --- " * 10 + "|",
+    ]
+    theirs = per_seed(comparison, base, "success")
+    for arm in comparison.arms:
+        ours = per_seed(comparison, arm, "success")
+        versus = ["", "", ""]
+        if arm is not base:
+            better = improvement_probability([(ours, theirs)])
+            versus = [ratio(ours, theirs), f"{better:.2f}", f"{permutation_p(ours, theirs):.2f}"]
+        seeds = ", ".join(str(comparison.runs[i].seed) for i in arm.complete)
+        cells = [
+            f"`{names[arm.name]}`: {arm.name}",
+            seeds,
+            with_interval(ours),
+            f"{float(interquartile_mean(ours)):.2f}",
+        ]
+        panels = [with_interval(per_seed(comparison, arm, split)) for split in ("iid", "ood")]
+        lowest = with_interval(per_seed(comparison, arm, "lowest"))
+        lines.append("| " + " | ".join([*cells, *versus, *panels, lowest]) + " |")
+    lines += [
+        "",
+        "| arm | highest entropy | oscillation | over the baseline's | p | entropy at the end | turns | tokens |",
+        "| --- " * 8 + "|",
+    ]
+    theirs = per_seed(comparison, base, "oscillation")
+    for arm in comparison.arms:
+        ours = per_seed(comparison, arm, "oscillation")
+        versus = ["", ""] if arm is base else [ratio(ours, theirs), f"{permutation_p(ours, theirs):.3f}"]
+        highest, end = (with_interval(per_seed(comparison, arm, what)) for what in ("highest", "entropy"))
+        budget = [f"{per_seed(comparison, arm, what).mean():,.0f}" for what in ("turns", "tokens")]
+        lines.append(
+            "| " + " | ".join([f"`{names[arm.name]}`", highest, with_interval(ours, 3), *versus, end, *budget]) + " |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare only; exit code 1 where page and data differ")
+    arguments = parser.parse_args()
+    page = PAGE.read_text(encoding="utf-8")
+    marker = re.compile(r"<!-- table of (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+    filled = marker.sub(lambda found: f"<!-- table of {found[1]} -->\n\n{table(found[1])}\n\n<!-- end -->", page)
+    if arguments.check:
+        if filled != page:
+            sys.exit("docs/findings.md differs from the data: run python benchmarks/findings.py")
+        return
+    PAGE.write_text(filled, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
