@@ -1,4 +1,4 @@
-"""The one error that users see. Everything else is a bug or a lost worker."""
+"""The errors that users see. Everything else is a bug or a lost worker."""
 
 from __future__ import annotations
 
@@ -9,3 +9,10 @@ class UserError(ValueError):
 
 class EnvironmentFailure(RuntimeError):
     """An environment process died, hung, or answered nonsense. Never the agent's fault."""
+
+
+class StorageError(OSError):
+    """The disk takes no more. What was being written is not half there; the CLI exits with code 1."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from epo.files import write_atomically
 
 # Okabe and Ito's palette: distinguishable with any kind of colour vision.
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#7f7f7f"
@@ -47,5 +50,7 @@ def plot_run(
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
     figure.suptitle(title)
-    metadata = {"Date": None} if path.suffix == ".svg" else None
-    figure.savefig(path, metadata=metadata)
+    kind = path.suffix.removeprefix(".")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    write_atomically(path, drawn.getvalue())

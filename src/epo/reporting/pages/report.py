@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from epo.errors import UserError
+from epo.errors import StorageError, UserError
 from epo.evaluation.comparison import compare
 from epo.files import write_atomically
 from epo.reporting.pages.builder import make_title, page_object, render_page, require_plotly
@@ -65,6 +65,8 @@ def write_report(
     html, _ = render_page(page, blobs=blobs)
     try:
         write_atomically(path, html)
+    except StorageError:
+        raise
     except OSError as error:
         raise UserError(f"--out {str(path)!r} cannot be written ({error.strerror}): give another file") from None
     return WrittenReport(path=path, bytes=len(html.encode()), runs=len(runs), embedded=embedded)

@@ -317,7 +317,8 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
         if (path / "config.yaml").is_file():
             runs = [path]
         elif path.is_dir():
-            runs = sorted(child for child in path.iterdir() if (child / "config.yaml").is_file())
+            children = (child for child in path.iterdir() if not child.name.startswith("."))  # drafts are hidden
+            runs = sorted(child for child in children if (child / "config.yaml").is_file())
         else:
             raise UserError(f"there is no run in {str(path)!r}: give a run folder, or a folder that holds runs")
         if not runs:
