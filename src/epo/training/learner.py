@@ -9,7 +9,6 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,38 +25,10 @@ from epo.training.input_dependence import dependence_metrics
 from epo.training.passes import Passes
 from epo.training.policy import Critic, Policy
 from epo.training.rescoring import mismatch_metrics, rescored, truncated_importance_weights, weight_metrics
+from epo.training.skipped import SkippedBatch, skipped_batch
+from epo.training.step_data import Minibatch, StepData
 from epo.training.stopwatch import Stopwatch
-from epo.types import PackedBatch, Trajectory, TrajectoryGroup, Turn
-
-
-@dataclass(kw_only=True, slots=True)
-class _StepData:
-    """Everything the mini-batches of one step read."""
-
-    batch: PackedBatch
-    tokens: TokenData
-    advantages_N: Tensor
-    importance_N: Tensor | None
-    """Weights of the surrogate that correct for the sampler's numerics; None where the ratio starts from its own."""
-    returns_N: Tensor | None
-    values_N: Tensor | None
-    reference_N: Tensor | None
-    ratio_N: Tensor
-    """Of each token when an optimiser step last saw it."""
-    mismatch: dict[str, float]
-    """Metrics of how far sampler and learner are apart; known after the first mini-batch at the latest."""
-
-
-@dataclass(kw_only=True, slots=True)
-class _Minibatch:
-    """What one optimiser step reads besides. All [N] over the step's tokens; 0 for tokens of other mini-batches."""
-
-    rows: list[int]
-    weights_N: Tensor
-    """Of the surrogate, the KL and the value loss."""
-    entropy_weights_N: Tensor
-    marks_N: Tensor | None = None
-    """What the entropy control said of each token."""
+from epo.types import Trajectory, TrajectoryGroup, Turn
 
 
 class Learner:
@@ -75,6 +46,8 @@ class Learner:
         self.control = control
         self.stopwatch = Stopwatch(policy.device)
         """Seconds of everything below, by phase (`epo.reporting.timetable`)."""
+        self.skipped: list[SkippedBatch] = []
+        """What the last `update` skipped because its loss or gradient was not finite."""
         self._passes = Passes(config)
         self.critic = Critic(policy, config.algorithm.critic) if config.algorithm.name == "ppo" else None
         self.reference = (start_policy or policy).frozen_copy() if config.algorithm.kl_coefficient > 0 else None
@@ -109,6 +82,7 @@ class Learner:
         A step without survivors, or of which the filter keeps nothing, changes nothing. The entropy control, too, sees
         the kept tokens only.
         """
+        self.skipped = []
         survivors = [group.survivors for group in groups if group.survivors]
         kept = kept_groups(survivors, self.config.algorithm) if survivors else []
         filtering = {} if self.config.algorithm.filter == "none" else {"filter/kept_groups": float(len(kept))}
@@ -142,7 +116,7 @@ class Learner:
 
     # ---------------------------------------------------------------- before the first optimiser step
 
-    def _prepare(self, survivors: Sequence[Sequence[Trajectory]]) -> _StepData:
+    def _prepare(self, survivors: Sequence[Sequence[Trajectory]]) -> StepData:
         trajectories = [t for group in survivors for t in group]
         batch = pack(trajectories)
         tokens = flatten(batch, trajectories, device=self.policy.device)
@@ -165,7 +139,7 @@ class Learner:
             both, cap = (tokens.old_logprobs_N, tokens.sampler_logprobs_N), self.config.sampler.importance_cap
             importance_N = truncated_importance_weights(*both, cap=cap)
             mismatch = mismatch_metrics(*both) | weight_metrics(*both, cap=cap)
-        return _StepData(
+        return StepData(
             batch=batch,
             tokens=tokens,
             advantages_N=self.control.shape_advantages(
@@ -181,14 +155,14 @@ class Learner:
 
     # ---------------------------------------------------------------- optimiser steps
 
-    def _minibatch(self, data: _StepData, trajectory_ids: set[int], *, step: int, number: int) -> dict[str, float]:
+    def _minibatch(self, data: StepData, trajectory_ids: set[int], *, step: int, number: int) -> dict[str, float]:
         """Accumulate the gradient over micro-batches and step once. Losses and metrics of micro-batches add up."""
         tokens = data.tokens
         rows = [i for i, row in enumerate(data.batch.rows) if row.trajectory_id in trajectory_ids]
         member_N = torch.zeros_like(tokens.old_logprobs_N, dtype=torch.bool)
         for i in rows:
             member_N[tokens.row_spans[i]] = True
-        part = _Minibatch(
+        part = Minibatch(
             rows=rows,
             weights_N=self._weights(tokens, member_N, self.config.algorithm.aggregate),
             entropy_weights_N=self._weights(tokens, member_N, self.control.aggregate),
@@ -209,8 +183,15 @@ class Learner:
             # The first mini-batch is the only one in which sampler and learner hold the same weights.
             data.mismatch |= mismatch_metrics(*(torch.cat(part_n) for part_n in zip(*drawn, strict=True)))
         with self.stopwatch("optimizer"):
-            self._step(metrics)
+            if not self._step(metrics):
+                self.skipped.append(self._skipped(data, part, member_N, metrics, number=number))
         return metrics
+
+    def _skipped(
+        self, data: StepData, part: Minibatch, member_N: Tensor, numbers: dict[str, float], *, number: int
+    ) -> SkippedBatch:
+        networks = {"policy": self.policy.model} | ({} if self.critic is None else {"critic": self.critic})
+        return skipped_batch(data, part, member_N, minibatch=number, numbers=numbers, networks=networks)
 
     def _weights(self, tokens: TokenData, member_N: Tensor, aggregate: str) -> Tensor:
         """Weights of the mini-batch's tokens; they sum to 1, but for `constant`, which has no token count in it."""
@@ -225,7 +206,7 @@ class Learner:
         return weights_N
 
     @torch.no_grad()
-    def _preview(self, data: _StepData, part: _Minibatch, member_N: Tensor, *, step: int, number: int) -> Tensor | None:
+    def _preview(self, data: StepData, part: Minibatch, member_N: Tensor, *, step: int, number: int) -> Tensor | None:
         """Show the entropy control the whole mini-batch under the policy as it is now."""
         tokens = data.tokens
         logprobs_N, entropy_N = self._passes.score(
@@ -248,8 +229,8 @@ class Learner:
 
     def _loss(
         self,
-        data: _StepData,
-        part: _Minibatch,
+        data: StepData,
+        part: Minibatch,
         micro: MicroBatch,
         metrics: dict[str, float],
         *,
@@ -315,20 +296,24 @@ class Learner:
             metrics["value/loss"] += critic_loss.item()
         return loss, logprobs_n
 
-    def _step(self, metrics: dict[str, float]) -> None:
-        clip = self.config.optimizer.grad_clip
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), clip)
-        metrics["policy/grad_norm"] += norm.item()
-        # A loss that is not finite can leave a finite gradient: max() passes none on where its arguments are NaN.
-        finite = bool(torch.isfinite(norm)) and math.isfinite(metrics["policy/loss"])
+    def _step(self, metrics: dict[str, float]) -> bool:
+        """Step with clipped gradients; False, with nothing changed, where a loss or a gradient is not finite."""
+        groups = {"policy": list(self.policy.parameters())}
         if self.critic is not None:
-            critic_norm = torch.nn.utils.clip_grad_norm_(self.critic.parameters(), clip)
-            metrics["value/grad_norm"] += critic_norm.item()
-            finite = finite and bool(torch.isfinite(critic_norm))
-        if finite:
-            self.optimizer.step()
-        else:
+            groups["value"] = list(self.critic.parameters())
+        norms = {name: _gradient_norm(parameters) for name, parameters in groups.items()}
+        for name, norm in norms.items():
+            metrics[f"{name}/grad_norm"] += norm.item()
+        # A loss that is not finite can leave a finite gradient: max() passes none on where its arguments are NaN.
+        numbers = (*(metrics[name] for name in _LOSSES if name in metrics), *(norm.item() for norm in norms.values()))
+        if not all(map(math.isfinite, numbers)):
             metrics["update/skipped"] += 1.0
+            return False
+        for name, parameters in groups.items():
+            clip = self.config.optimizer.grad_clip
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm=clip, total_norm=norms[name])
+        self.optimizer.step()
+        return True
 
     # ---------------------------------------------------------------- numbers to look at
 
@@ -341,7 +326,7 @@ class Learner:
         self.optimizer.param_groups[0]["lr"] = rate
         return rate
 
-    def _data_metrics(self, data: _StepData) -> dict[str, float]:
+    def _data_metrics(self, data: StepData) -> dict[str, float]:
         metrics = {
             "tokens/trained": float(data.batch.num_trained),
             "tokens/processed": float(data.batch.num_tokens),
@@ -359,6 +344,13 @@ class Learner:
         return metrics
 
 
+_LOSSES = ("policy/loss", "entropy/loss", "policy/reference_kl", "value/loss")
+
+
+def _gradient_norm(parameters: Sequence[torch.nn.Parameter]) -> Tensor:
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
 def learning_rate_factor(step: int, total: int, *, warmup_fraction: float, min_ratio: float) -> float:
     """The learning rate of RL step `step` as a share of its peak (the release's schedule)."""
     warmup = math.floor(warmup_fraction * total)
@@ -368,7 +360,7 @@ def learning_rate_factor(step: int, total: int, *, warmup_fraction: float, min_r
     return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def _note(turns: Sequence[Turn], data: _StepData) -> None:
+def _note(turns: Sequence[Turn], data: StepData) -> None:
     """Give every trained turn what the learner made of its tokens; the flat order is that of the turns."""
     ends = list(itertools.accumulate(len(turn.response_ids) for turn in turns))[:-1]
     advantages = np.split(data.advantages_N.float().cpu().numpy(), ends)
