@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from epo.config import Config
-from epo.errors import UserError
+from epo.errors import StorageError, UserError
 from epo.models.command import models_app
 from epo.models.hub import stay_offline_unless_asked
 from epo.recipe import load_config, recipe_names
@@ -115,6 +115,7 @@ def train(
     name="eval",
     epilog="Examples:\n\n"
     "    epo eval runs/try1 --split ood --episodes 128\n\n"
+    "    epo eval runs/try1 --checkpoint best\n\n"
     "    epo eval path/to/model --recipe scienceworld-ppo --temperature 0\n",
 )
 def evaluate_command(
@@ -122,6 +123,10 @@ def evaluate_command(
     overrides: Overrides = None,
     recipe: Annotated[
         str | None, typer.Option(help="How a model directory acts (agent and environment); a run knows it.")
+    ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(metavar="last|best|STEP", help="Which checkpoint of a run; best is that of its best evaluation."),
     ] = None,
     suite: Annotated[str | None, typer.Option(help="Evaluate on another suite, with its default options.")] = None,
     split: Annotated[list[str] | None, typer.Option(help="Splits; default: the recipe's.")] = None,
@@ -139,7 +144,7 @@ def evaluate_command(
     extra += [] if episodes is None else [f"evaluation.episodes={episodes}"]
     extra += [] if temperature is None else [f"evaluation.temperature={temperature}"]
     with ConsoleObserver(0, stderr) as observer:
-        results = evaluate_target(target, recipe=recipe, overrides=extra, observer=observer)
+        results = evaluate_target(target, recipe=recipe, overrides=extra, observer=observer, checkpoint=checkpoint)
     if as_json:
         _print_json({result.split: result.as_dict() for result in results})
         return
@@ -403,6 +408,9 @@ def _print_summary(summary: dict[str, Any]) -> None:
             str(last["episodes"]),
         )
     stdout.print(table)
+    if (best := summary["best"]) and best["checkpoint"]:
+        where = f"step {best['step']}, success {best['success']:.3f} over its panels ({best['checkpoint']})"
+        stdout.print(f"best: {where}", soft_wrap=True, highlight=False)
     for key in ("run", "plot", "report"):
         if summary[key] is None:
             continue
@@ -410,7 +418,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Entry point: user mistakes become one line and exit code 2."""
+    """Entry point: user mistakes become one line and exit code 2, a full disk one line and exit code 1."""
     stay_offline_unless_asked()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -419,3 +427,6 @@ def main() -> None:
     except UserError as error:
         stderr.print(visible(f"error: {error}", keep="\n"), markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
+    except StorageError as error:
+        stderr.print(visible(f"error: {error}", keep="\n"), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)

@@ -16,7 +16,7 @@ from epo.reporting.health import rules as alarm_rules
 from epo.reporting.health.rules import Reading, Series, above
 from epo.training.session import train_run
 
-EVERY_STEP = ("steps=5", "checkpoint.every=1", "evaluation.every=0", "evaluation.episodes=1")
+EVERY_STEP = ("steps=5", "checkpoint.every=1", "evaluation.every=0", "evaluation.episodes=1", "checkpoint.best=false")
 
 
 def long_from(first: int) -> Callable[[Series, object], Reading]:

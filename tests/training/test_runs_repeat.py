@@ -119,7 +119,7 @@ def test_a_run_that_has_no_checkpoint_yet_is_resumed_from_its_start(
     minute_config: Callable[..., Config], tmp_path: Path
 ):
     """As after a kill during the first steps: nothing is lost, nothing is there twice."""
-    config = minute_config("steps=2")
+    config = minute_config("steps=2", "checkpoint.best=false")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train_run(config, whole, QuietObserver(), resume=False)
 
@@ -171,7 +171,7 @@ def test_the_second_signal_ends_at_once(minute_config: Callable[..., Config], tm
 
 
 def test_only_the_newest_checkpoints_are_kept(minute_config: Callable[..., Config], tmp_path: Path):
-    config = minute_config("checkpoint.every=1", "checkpoint.keep=2", "evaluation.every=0")
+    config = minute_config("checkpoint.every=1", "checkpoint.keep=2", "checkpoint.best=false", "evaluation.every=0")
     train_run(config, tmp_path / "run", QuietObserver(), resume=False)
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_000003", "step_000004"]
     assert [json.loads(x)["step"] for x in (tmp_path / "run" / "eval.jsonl").read_text().splitlines()] == [0, 4]

@@ -26,7 +26,11 @@ class CheckpointConfig(Section):
     every: int = Field(default=5, ge=1)
     """RL steps between checkpoints; the last step and an interruption always write one."""
     keep: int = Field(default=2, ge=1)
-    """Checkpoints kept."""
+    """Newest checkpoints kept. The last good one (docs/health.md) and the best one are kept besides."""
+    best: bool = True
+    """An evaluation that beats all before it (mean success over its panels) writes a checkpoint, which is kept until
+    another beats it: `epo eval RUN --checkpoint best`. The evaluation before RL is the first to beat. Evaluations are
+    compared as they are: fewer `evaluation.interim_episodes` are more luck."""
 
 
 class HealthConfig(Section):
@@ -86,6 +90,9 @@ class RecordConfig(Section):
 
     alternatives: int = Field(default=3, ge=0, le=20)
     """Most probable tokens kept beside every token that was drawn."""
+    skipped: int = Field(default=4, ge=0, le=100)
+    """Batches of optimiser steps skipped for a loss or gradient that is not finite that are kept in `skipped/`, the
+    first of the run (docs/reliability.md)."""
 
 
 class LoggingConfig(Section):

@@ -13,7 +13,7 @@ from epo.errors import UserError
 from epo.evaluation.panels import PanelResult, evaluate
 from epo.recipe import apply_overrides, load_config
 from epo.tasks import panel
-from epo.training.checkpoint import checkpoints, read_state
+from epo.training.checkpoint import choose_checkpoint, refuse_damaged_source
 from epo.training.policy import Policy, load_policy
 from epo.training.run_folder import RunFolder
 from epo.training.session import open_pool, prepare_suite, quiet_libraries, starting_policy, use_threads
@@ -21,26 +21,38 @@ from epo.training.trainer import Observer, count_episodes, make_collector, make_
 
 
 def evaluate_target(
-    target: Path, *, recipe: str | None, overrides: Sequence[str], observer: Observer
+    target: Path,
+    *,
+    recipe: str | None,
+    overrides: Sequence[str],
+    observer: Observer,
+    checkpoint: str | None = None,
 ) -> list[PanelResult]:
-    """Play the panels with the newest checkpoint of a run, or with a model directory as `recipe` has it act.
+    """Play the panels with a checkpoint of a run, or with a model directory as `recipe` has it act.
+
+    Args:
+        checkpoint: of a run: `last` (the default), `best`, or a number of finished steps.
 
     Raises:
-        UserError: neither a run with a checkpoint nor a model directory, or a model without a recipe.
+        UserError: neither a run with such a checkpoint nor a model directory, or a model without a recipe.
     """
     quiet_libraries()
     if (target / "config.yaml").is_file():
         run = RunFolder.open(target)
-        saved = checkpoints(run.checkpoints)
-        if not saved:
+        config = run.config()
+        chosen = choose_checkpoint(run.checkpoints, checkpoint or "last", evaluations=run.evaluations(), run=run.id)
+        if chosen is None:
             raise UserError(f"the run {str(target)!r} has no checkpoint yet: wait for one, or --resume the run")
-        read_state(saved[-1])
-        config, folder = run.config(), saved[-1] / "policy"
+        observer.note(f"checkpoint: {chosen.name}")
+        folder = chosen / "policy"
+    elif checkpoint is not None:
+        raise UserError(f"--checkpoint {checkpoint} chooses among those of a run, and {str(target)!r} is none")
     elif recipe is None:
         raise UserError(
             f"{str(target)!r} is not a run folder; for a model directory add --recipe, which says how the model acts"
         )
     else:
+        refuse_damaged_source(target)
         config, folder = load_config(recipe), target
     config = apply_overrides(config, overrides)
     use_threads(config.model)

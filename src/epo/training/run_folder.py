@@ -1,7 +1,7 @@
 """The folder of a run: what was asked, what happened, and where to go on.
 
-config.yaml  provenance.json  vocabulary.json  metrics.jsonl  eval.jsonl  trajectories/  checkpoints/  logging.json
-tensorboard/  wandb/
+config.yaml  provenance.json  vocabulary.json  metrics.jsonl  eval.jsonl  trajectories/  checkpoints/  skipped/
+logging.json  tensorboard/  wandb/
 plot.svg  report.html  summary.json
 
 Every line of the logs is strict JSON: a number that is not finite is written as null.
@@ -9,8 +9,11 @@ Every line of the logs is strict JSON: a number that is not finite is written as
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,8 +23,8 @@ from typing import Any
 import yaml
 
 from epo.config import Config
-from epo.errors import UserError
-from epo.files import write_atomically
+from epo.errors import StorageError, UserError
+from epo.files import append_whole, explaining_full_disk, new_folder, remove_drafts, write_atomically
 from epo.recipe import parse_config
 from epo.reporting.trajectories import index_entry, trajectory_record
 from epo.types import TrajectoryGroup
@@ -37,6 +40,7 @@ class RunFolder:
         self.evaluations_file = path / "eval.jsonl"
         self.trajectories = path / "trajectories"
         self.index_file = self.trajectories / "index.jsonl"
+        self.skipped = path / "skipped"
 
     @classmethod
     def create(cls, path: Path, config: Config, provenance: dict[str, Any]) -> RunFolder:
@@ -44,22 +48,26 @@ class RunFolder:
 
         Raises:
             UserError: the folder exists already, or cannot be made.
+            StorageError: the disk is full; there is no folder then.
         """
         if path.exists():
             raise UserError(
                 f"the run folder {str(path)!r} already exists: give another --name, add --resume to go on with it, "
                 "or delete it"
             )
+        text = config.to_yaml()
+        provenance = {"run": hashlib.sha256(text.encode()).hexdigest()[:16], **provenance}
         try:
-            path.mkdir(parents=True)
+            with new_folder(path) as draft:
+                write_atomically(draft / "config.yaml", text)
+                write_atomically(draft / "provenance.json", json.dumps(provenance, indent=1))
+        except StorageError:
+            raise
         except OSError as error:
             raise UserError(
                 f"the run folder {str(path)!r} cannot be made ({error.strerror}): give another --runs"
             ) from None
-        run = cls(path)
-        write_atomically(path / "config.yaml", config.to_yaml())
-        write_atomically(path / "provenance.json", json.dumps(provenance, indent=1))
-        return run
+        return cls(path)
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -72,15 +80,63 @@ class RunFolder:
             raise UserError(f"there is no run in {str(path)!r}: check the name, or start one without --resume")
         return cls(path)
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from training in this folder. The system frees the lock of a dead one.
+
+        Raises:
+            UserError: another one does already, or the folder cannot be written.
+        """
+        try:
+            with explaining_full_disk(self.path):
+                lock = (self.path / ".lock").open("a")
+        except StorageError:
+            raise
+        except OSError as error:
+            raise UserError(f"the run folder {str(self.path)!r} cannot be written ({error.strerror})") from None
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(
+                    f"another process is training in {str(self.path)!r}: wait for it, or end it, then --resume"
+                ) from None
+            yield
+
+    @property
+    def id(self) -> str | None:
+        """Names the run: a digest of the configuration it was started with. None for one of an older version."""
+        value = self._provenance().get("run")
+        return value if isinstance(value, str) else None
+
     def config(self) -> Config:
-        """The resolved configuration the run was started with."""
+        """The resolved configuration the run was started with; what a newer version added has its default.
+
+        Raises:
+            UserError: it cannot be read, or has keys that this version does not know.
+        """
         file = self.path / "config.yaml"
         try:
             tree = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{str(file)!r} cannot be read ({reason}): restore it, or start a new run") from None
-        return parse_config(tree)
+        try:
+            return parse_config(tree)
+        except UserError as error:
+            packages = self._provenance().get("packages")
+            version = packages.get("epo-agents") if isinstance(packages, dict) else None
+            raise UserError(
+                f"{str(file)!r} is not a configuration of this version of epo ({error}): use the version that wrote it"
+                f"{f', {version}' if version else ''}, or mend the file"
+            ) from None
+
+    def _provenance(self) -> dict[str, Any]:
+        try:
+            content = json.loads((self.path / "provenance.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
 
     def add_step(self, step: int, metrics: dict[str, float], groups: Sequence[TrajectoryGroup]) -> None:
         """Append a step. The trajectories come first, so a step in the metrics has its trajectories."""
@@ -111,17 +167,34 @@ class RunFolder:
     def rewind(self, step: int, *, evaluations: Sequence[dict[str, Any]]) -> None:
         """Forget what a checkpoint of `step` finished steps and these `evaluations` does not know of: a resumed run
         writes it again."""
+        for folder in (self.path, self.trajectories, self.checkpoints, self.skipped):
+            remove_drafts(folder)
         _write(self.metrics_file, [line for line in self.metrics() if line["step"] <= step])
         _write(self.evaluations_file, evaluations)
         (self.path / "summary.json").unlink(missing_ok=True)  # it told how the run ended
         if self.index_file.is_file():
             _write(self.index_file, [line for line in read_lines(self.index_file) if line["step"] <= step])
-        for file in self.trajectories.glob("step_*.jsonl"):
-            if int(file.stem[5:]) > step:
-                file.unlink()
-        if self.checkpoints.is_dir():
-            for draft in self.checkpoints.glob(".step_*"):  # left by a process that was killed while it wrote
-                shutil.rmtree(draft)
+        for folder in (self.trajectories, self.skipped):
+            for path in folder.glob("step_*"):
+                number = _STEP.match(path.name)
+                if number is not None and int(number[1]) > step:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def require_steps(self, step: int) -> None:
+        """Refuse to go on after `step` finished steps when the record of one of them is lost.
+
+        Raises:
+            UserError: names the first that is missing, and where to go on from.
+        """
+        recorded = [line["step"] for line in self.metrics() if line["step"] <= step]
+        if recorded == list(range(1, step + 1)):
+            return
+        missing = next((k for k, found in enumerate(recorded, start=1) if k != found), len(recorded) + 1)
+        raise UserError(
+            f"{str(self.metrics_file)!r} lacks step {missing} or has it twice, which the checkpoint of step {step} has "
+            f"behind it: restore the file, or delete the checkpoints after step {missing - 1}, and --resume plays "
+            "these steps again"
+        )
 
     def metrics(self) -> list[dict[str, Any]]:
         return read_lines(self.metrics_file)
@@ -130,13 +203,24 @@ class RunFolder:
         return read_lines(self.evaluations_file)
 
 
+_STEP = re.compile(r"step_(\d+)")
+
+
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The complete lines of a JSON-lines file; a last line cut off by a crash is left out."""
+    """The entries of a JSON-lines file. A last line cut off by a crash and lines without a step are left out."""
     if not file.is_file():
         return []
-    return [
-        json.loads(line) for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
-    ]
+    entries: list[dict[str, Any]] = []
+    for line in file.read_bytes().splitlines(keepends=True):
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(entry, dict) and type(entry.get("step")) is int:
+            entries.append(entry)
+    return entries
 
 
 def _text_line(record: dict[str, Any]) -> str:
@@ -150,8 +234,7 @@ def _text_line(record: dict[str, Any]) -> str:
 
 
 def _append(file: Path, entry: dict[str, Any]) -> None:
-    with file.open("a", encoding="utf-8") as handle:
-        handle.write(_line(entry))
+    append_whole(file, _line(entry))
 
 
 def _write(file: Path, entries: Sequence[dict[str, Any]]) -> None:

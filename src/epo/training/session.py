@@ -24,7 +24,7 @@ from epo.config import Config, ModelConfig
 from epo.environments.base import TaskSuite
 from epo.environments.pool import EnvPool
 from epo.environments.registry import make_suite
-from epo.errors import UserError
+from epo.errors import StorageError, UserError
 from epo.files import write_atomically
 from epo.reporting.loggers import open_loggers, require_loggers
 from epo.reporting.pages.builder import has_plotly
@@ -32,7 +32,13 @@ from epo.reporting.pages.report import write_report
 from epo.reporting.plot import plot_run
 from epo.reporting.reading.run_reader import read_run
 from epo.sampling._vllm_engine import require_vllm
-from epo.training.checkpoint import checkpoints, read_state
+from epo.training.checkpoint import (
+    best_evaluation,
+    checkpoints,
+    newest_checkpoint,
+    refuse_damaged_source,
+    step_of,
+)
 from epo.training.demonstrations import collect_demonstrations
 from epo.training.imitation import warm_started_policy
 from epo.training.policy import Policy, load_policy, resumed_policy
@@ -46,7 +52,7 @@ _OF_THE_MACHINE = (
     ("sampler", "max_weight_error"),
 )
 """How many workers play and what an engine is granted: the machine's business, not the experiment's."""
-_TO_LOOK_AT = ("record", "health", "logging")
+_TO_LOOK_AT = ("checkpoint", "record", "health", "logging")
 """Sections that say what is kept and shown. Like the above, they may change when a run goes on."""
 
 
@@ -78,6 +84,7 @@ def open_pool(config: Config) -> EnvPool:
 
 def starting_policy(config: Config, suite: TaskSuite, pool: EnvPool, observer: Observer) -> Policy:
     """The policy before RL: loaded, and warm-started on demonstrations where the configuration asks for it."""
+    refuse_damaged_source(config.model.path)
     if config.imitation.demonstrations == 0:
         return load_policy(config.model.path, config.model, seed=config.seed)
     if config.model.path != "tiny":
@@ -103,6 +110,10 @@ def train_run(config: Config, path: Path, observer: Observer, *, resume: bool) -
     With `resume`, goes on from the newest checkpoint of `path`, or from its start if there is none. The first Ctrl-C
     (or SIGTERM) ends the run after the current step with a checkpoint, the second one at once. A run that fails before
     it has anything to show leaves no folder.
+
+    Raises:
+        UserError: something the user can mend.
+        StorageError: the disk is full. What was written is whole, and the message says how to go on.
     """
     start_time = time.perf_counter()
     quiet_libraries()
@@ -115,7 +126,7 @@ def train_run(config: Config, path: Path, observer: Observer, *, resume: bool) -
         run, checkpoint = _reopen(path, config)
     else:
         run, checkpoint = RunFolder.create(path, config, provenance(suite)), None
-    with run.kept_only_with_content(), open_pool(config) as pool:
+    with _saying_how_to_go_on(run), run.locked(), run.kept_only_with_content(), open_pool(config) as pool:
         start = None
         if checkpoint is None or config.algorithm.kl_coefficient > 0:
             start = starting_policy(config, suite, pool, observer)
@@ -138,7 +149,7 @@ def train_run(config: Config, path: Path, observer: Observer, *, resume: bool) -
             finished = trainer.train()
         for line in () if trainer.halt is None else trainer.halt.message(run.path):
             observer.note(line)
-    return _finish(run, config, trainer, observer, finished=finished)
+        return _finish(run, config, trainer, observer, finished=finished)
 
 
 def provenance(suite: TaskSuite) -> dict[str, Any]:
@@ -183,12 +194,13 @@ def _reopen(path: Path, config: Config) -> tuple[RunFolder, Path | None]:
     if different := _differences(before, now):
         raise UserError(
             f"--resume goes on with the configuration the run was started with, but {', '.join(different)} differ: "
-            "leave out these overrides, or start a new run with another --name"
+            f"leave out these overrides, or give {str(path / 'config.yaml')!r} as the recipe, or start a new run with "
+            "another --name"
         )
-    saved = checkpoints(run.checkpoints)
-    if saved:
-        read_state(saved[-1])
-    return run, saved[-1] if saved else None
+    newest = newest_checkpoint(run.checkpoints, run=run.id)
+    if newest is not None:
+        run.require_steps(step_of(newest))
+    return run, newest
 
 
 def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
@@ -200,6 +212,22 @@ def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list
         elif left != right:
             found.append(f"{prefix}{key} ({left!r} then, {right!r} now)")
     return found
+
+
+@contextmanager
+def _saying_how_to_go_on(run: RunFolder) -> Iterator[None]:
+    """Adds to the message of a full disk what is safe, and what to do once there is room."""
+    try:
+        yield
+    except StorageError as error:
+        saved = checkpoints(run.checkpoints)
+        if not run.path.exists():
+            how = "and run the same command again; nothing was left behind"
+        elif saved:
+            how = f"and go on after step {step_of(saved[-1])} with --resume (a lower checkpoint.keep needs less)"
+        else:
+            how = "and start over with --resume; there is no checkpoint yet"
+        raise StorageError(error.errno, f"{error}, {how}") from error
 
 
 @contextmanager
@@ -242,6 +270,7 @@ def _finish(run: RunFolder, config: Config, trainer: Trainer, observer: Observer
         "steps": trainer.state.step,
         "wall_seconds": round(trainer.state.wall_seconds, 1),
         "eval": _panel_summary(evaluations),
+        "best": _best_summary(run, evaluations),
         "run": str(run.path),
         "plot": str(run.path / "plot.svg"),
         "report": str(run.path / "report.html") if has_plotly() else None,
@@ -264,6 +293,16 @@ def _panel_summary(evaluations: list[dict[str, Any]]) -> dict[str, dict[str, Any
             keys = ("success", "low", "high", "episodes")
             summary.setdefault(panel["split"], {})[name] = {key: panel[key] for key in keys}
     return summary
+
+
+def _best_summary(run: RunFolder, evaluations: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The best evaluation, and its checkpoint if it is kept."""
+    best = best_evaluation(evaluations)
+    if best is None:
+        return None
+    step, success = best
+    path = next((path for path in checkpoints(run.checkpoints) if step_of(path) == step), None)
+    return {"step": step, "success": success, "checkpoint": None if path is None else str(path)}
 
 
 def _commit() -> str | None:

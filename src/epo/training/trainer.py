@@ -30,11 +30,12 @@ from epo.sampling.base import Sampler
 from epo.sampling.local import LocalSampler
 from epo.seeds import TRAINING_STREAM
 from epo.tasks import Curriculum, panel
-from epo.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint, step_of
+from epo.training.checkpoint import best_evaluation, checkpoints, load_checkpoint, save_checkpoint, step_of
 from epo.training.halting import Halt
 from epo.training.learner import Learner
 from epo.training.policy import Policy
 from epo.training.run_folder import RunFolder
+from epo.training.skipped import save_skipped
 from epo.types import Trajectory, TrajectoryGroup
 
 
@@ -121,7 +122,13 @@ class Trainer:
         self.health = Health(config.health)
         self.log: MetricsLog | None = None
         if resume_from is not None:
-            self.state = TrainerState(**load_checkpoint(resume_from, self.learner))
+            kept = load_checkpoint(resume_from, self.learner, run=run.id)
+            try:
+                self.state = TrainerState(**kept)
+            except TypeError as error:
+                raise UserError(
+                    f"checkpoint {str(resume_from)!r} was written by another version of epo ({error}): use that one"
+                ) from None
             if self.state.reference != digest:
                 raise UserError(
                     "the model that the KL loss refers to is no longer the one this run started from: put the model "
@@ -142,7 +149,7 @@ class Trainer:
         config, total = self.config, self.config.steps
         if not self.state.evaluations:
             self.evaluate()
-            if self.stop_requested or total == 0:
+            if self.is_best() or self.stop_requested or total == 0:
                 self.save()
         while self.state.step < total and not self.stop_requested:
             start = time.perf_counter()
@@ -160,7 +167,8 @@ class Trainer:
             last = self.state.step == total
             if last or (config.evaluation.every and self.state.step % config.evaluation.every == 0):
                 self.evaluate()
-            if last or self.stop_requested or self.state.step % config.checkpoint.every == 0:
+            due = self.state.step % config.checkpoint.every == 0
+            if last or due or self.is_best() or self.stop_requested:
                 self.save()
         return self.state.step >= total
 
@@ -211,10 +219,15 @@ class Trainer:
         metrics |= {"tokens/sampled": float(tokens), "tokens/per_second": tokens / step_seconds}
         verdict = self.health.observe(metrics)
         metrics |= verdict.metrics()
+        kept = save_skipped(
+            self.run.skipped, self.learner.skipped, step=self.state.step, keep=self.config.record.skipped
+        )
         self.run.add_step(self.state.step, metrics, groups)
         if self.log is not None:
             self.log.step(self.state.step, metrics)
         self.observer.step(self.state.step, metrics)
+        for path in kept:
+            self.observer.note(f"an optimiser step was skipped: a loss or gradient is not finite; its batch is {path}")
         for note in verdict.notes():
             self.observer.note(note)
         if alarms := tuple(name for name in verdict.active if name in self.config.health.halt):
@@ -249,19 +262,28 @@ class Trainer:
         self.observer.evaluated(self.state.step, results)
         return results
 
+    def is_best(self) -> bool:
+        """Whether this step was evaluated and is the best so far, where `checkpoint.best` asks for it to be kept."""
+        best = best_evaluation(self.state.evaluations)
+        return self.config.checkpoint.best and best is not None and best[0] == self.state.step
+
     def save(self) -> None:
-        """Write a checkpoint from which the run goes on exactly. The last good one is never dropped: the newest earlier
-        one that no alarm speaks against (of `health.halt`, where it names any), nor may at the next step."""
+        """Write a checkpoint from which the run goes on exactly. Two are never dropped: the best by evaluation, and the
+        last good one: the newest earlier one that no alarm speaks against (of `health.halt`, where it names any), nor
+        may at the next step."""
         state = {name: getattr(self.state, name) for name in TrainerState.__dataclass_fields__}
         # Not the one that is about to be written: an alarm at the next step speaks against it.
         steps = map(step_of, checkpoints(self.run.checkpoints))
+        good = self.health.last_good(steps, alarms=self.config.health.halt, suspecting=True)
+        best = best_evaluation(self.state.evaluations) if self.config.checkpoint.best else None
         save_checkpoint(
             self.run.checkpoints,
             self.learner,
             step=self.state.step,
             state=state,
             keep=self.config.checkpoint.keep,
-            protect=self.health.last_good(steps, alarms=self.config.health.halt, suspecting=True),
+            protect=[step for step in (good, None if best is None else best[0]) if step is not None],
+            run=self.run.id,
         )
 
 
