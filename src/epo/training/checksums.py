@@ -24,9 +24,12 @@ def find_damage(folder: Path) -> str | None:
     Hidden files, which file managers and network file systems leave, do not count.
     """
     try:
-        lines = (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines()
+        text = (folder / SUMS_FILE).read_bytes().decode()
     except (OSError, ValueError) as error:
         return f"{SUMS_FILE}: {getattr(error, 'strerror', None) or 'not text'}"
+    *lines, rest = text.split("\n")
+    if rest:
+        return f"{SUMS_FILE}: cut short"
     expected: dict[str, str] = {}
     for line in lines:
         if (parts := _LINE.fullmatch(line)) is None:

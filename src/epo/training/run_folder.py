@@ -15,6 +15,7 @@ import json
 import math
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -189,7 +190,8 @@ class RunFolder:
         recorded = [line["step"] for line in self.metrics() if line["step"] <= step]
         if recorded == list(range(1, step + 1)):
             return
-        missing = next((k for k, found in enumerate(recorded, start=1) if k != found), len(recorded) + 1)
+        counts = Counter(recorded)
+        missing = next((k for k in range(1, step + 1) if counts[k] != 1), 1)
         raise UserError(
             f"{str(self.metrics_file)!r} lacks step {missing} or has it twice, which the checkpoint of step {step} has "
             f"behind it: restore the file, or delete the checkpoints after step {missing - 1}, and --resume plays "
