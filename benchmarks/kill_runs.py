@@ -255,14 +255,25 @@ class Runs:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """How two runs of one configuration differ, seconds aside."""
+    """How two runs of one configuration differ, seconds aside.
+
+    Both must have the newest checkpoint; which older one is kept besides, as the last good one, depends on what there
+    was to choose from, and SIGTERM adds a checkpoint.
+    """
     found: list[str] = []
     steps = [line["step"] for line in json_lines(other / "metrics.jsonl")]
     if steps != list(range(1, len(steps) + 1)):
         found.append(f"steps of metrics.jsonl: {steps}")
     if timeless(one) != timeless(other):
         found.append("metrics.jsonl")
-    files = [{p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file()} for run in (one, other)]
+    saved = [{path.name for path in checkpoints(run / "checkpoints")} for run in (one, other)]
+    if max(saved[0]) != max(saved[1]):
+        found.append(f"newest checkpoints: {max(saved[0])}, {max(saved[1])}")
+    aside = {f"checkpoints/{name}" for name in saved[0] ^ saved[1]}
+    files = [
+        {name for name in names if not any(name.startswith(f"{folder}/") for folder in aside)}
+        for names in ({p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file()} for run in (one, other))
+    ]
     if files[0] != files[1]:
         found.append(f"files: {sorted(files[0] ^ files[1])}")
     for name in sorted(files[0] & files[1]):

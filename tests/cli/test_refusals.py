@@ -14,6 +14,8 @@ import pytest
 import yaml
 from test_commands import one_line_error
 
+from epo.training.run_folder import RunFolder
+
 Epo = Callable[..., Any]
 
 
@@ -126,32 +128,61 @@ def test_runs_that_cannot_be_gone_on_with(epo: Epo):
     assert epo(*arguments, "--resume", "environment.workers=1").code == 0  # the machine's business
 
     checkpoint = run / "checkpoints" / "step_000001"
-    for file in ("optimizer.safetensors", "policy/model.safetensors", "critic.safetensors"):
+    for file in ("optimizer.safetensors", "policy/config.json", "state.json"):
         whole = (checkpoint / file).read_bytes()
         (checkpoint / file).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
         for refused in (epo(*arguments, "--resume"), epo("eval", str(run))):
             message = one_line_error(refused)
-            assert "step_000001" in message and f"damaged ({file})" in message and "delete it" in message
+            assert "step_000001" in message and f"damaged ({file}: " in message
+            assert "delete" in message and "'step_000000' is whole" in message and "--checkpoint 0" in message
+        message = one_line_error(epo("eval", "minute.yaml", "--recipe", "minute.yaml", "--checkpoint", "1"))
+        assert "--checkpoint 1" in message and "none" in message
+        branch = ("model.path=" + str(checkpoint / "policy"), "imitation.demonstrations=0", "--name", "branch")
+        assert f"damaged ({file}: " in one_line_error(epo(*arguments, *branch))
+        assert not Path("runs/branch").exists()
         (checkpoint / file).write_bytes(whole)
-    state = (checkpoint / "state.json").read_text()
-    (checkpoint / "state.json").write_text(state[: len(state) // 2])
-    assert "cannot be read" in one_line_error(epo(*arguments, "--resume"))
-    newer = json.loads(state)
-    newer["format"] += 1
-    (checkpoint / "state.json").write_text(json.dumps(newer))
-    assert "format 2" in one_line_error(epo(*arguments, "--resume"))
+    assert epo("eval", str(run), "--checkpoint", "0").code == 0
+    message = one_line_error(epo("eval", str(run), "--checkpoint", "7"))
+    assert "'7' is not there: choose from last, 0, 1, best" in message
 
-    # What the message says helps: without its only checkpoint the run goes on from its start.
+    # What the message says helps: the run goes on from the older one, to the same end.
     shutil.rmtree(checkpoint)
+    assert epo(*arguments, "--resume").code == 0
+    assert (checkpoint / "policy" / "model.safetensors").read_bytes() == before[checkpoint / "policy/model.safetensors"]
+    shutil.rmtree(run / "checkpoints")
     assert "no checkpoint yet" in one_line_error(epo("eval", str(run)))
     assert epo(*arguments, "--resume").code == 0
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
 
+    (run / "metrics.jsonl").write_text("")
+    assert "lacks step 1" in one_line_error(epo(*arguments, "--resume"))
     (run / "config.yaml").write_text("steps: [")
     assert "config.yaml" in one_line_error(epo(*arguments, "--resume"))
     config = yaml.safe_load("{steps: 1, sseed: 2}")
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    assert "'sseed'" in one_line_error(epo(*arguments, "--resume"))
+    message = one_line_error(epo(*arguments, "--resume"))
+    assert "'sseed'" in message and "config.yaml" in message and "use the version that wrote it" in message
+
+
+def test_one_process_at_a_time_trains_in_a_folder(epo: Epo):
+    arguments = ("train", "minute.yaml", "steps=0")
+    assert epo(*arguments).code == 0
+    with RunFolder(Path("runs/minute")).locked():
+        message = one_line_error(epo(*arguments, "--resume"))
+        assert "another process is training in 'runs/minute'" in message
+    assert epo(*arguments, "--resume").code == 0
+
+
+def test_the_best_checkpoint_is_named_and_can_be_played(epo: Epo):
+    trained = epo("train", "minute.yaml", "--json")
+    summary = json.loads(trained.out)
+    best, evaluations = summary["best"], summary["eval"]["iid"]
+    rates = {0: evaluations["initial"]["success"], 2: evaluations["final"]["success"]}
+    assert best["success"] == rates[best["step"]] == max(rates.values())
+    assert Path(best["checkpoint"]).is_dir()
+    assert f"best: step {best['step']}, success" in epo("train", "minute.yaml", "--resume").out
+    played = json.loads(epo("eval", "runs/minute", "--checkpoint", "best", "--json").out)
+    assert played["iid"]["success"] == best["success"]
 
 
 def test_a_folder_that_cannot_be_made(epo: Epo, tmp_path: Path):

@@ -24,7 +24,7 @@ CALLS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")
 
 @pytest.fixture(autouse=True)
 def _no_power_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A killed process loses nothing of what it wrote: only the machine's death makes syncing matter, and it is slow."""
+    """Syncing is slow, and matters only when the machine dies: a killed process loses nothing of what it wrote."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 

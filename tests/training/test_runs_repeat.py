@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 from collections.abc import Callable
@@ -113,6 +114,57 @@ def test_the_number_of_workers_does_not_change_what_is_learnt(minute_config: Cal
         found.append([json.loads(line) for line in trajectories.decode().splitlines()])
     for one, other in zip(*found, strict=True):
         assert [turn["response_ids"] for turn in one["turns"]] == [turn["response_ids"] for turn in other["turns"]]
+
+
+def test_a_run_goes_on_with_another_number_of_workers(minute_config: Callable[..., Config], tmp_path: Path):
+    """Promised: the same tasks, every step once. The bits are those of the machine's batches."""
+    runs = {workers: tmp_path / str(workers) for workers in (2, 1, 3)}
+
+    def stop(step: int) -> None:
+        if step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    for workers, run in runs.items():
+        train_run(minute_config("environment.workers=2"), run, QuietObserver(stop), resume=False)
+        resumed = train_run(minute_config(f"environment.workers={workers}"), run, QuietObserver(), resume=True)
+        assert resumed["finished"]
+        assert [line["step"] for line in metrics_of(run)] == [1, 2, 3, 4]
+        assert [json.loads(line)["step"] for line in (run / "eval.jsonl").read_text().splitlines()] == [0, 2, 4]
+        index = [json.loads(line) for line in (run / "trajectories" / "index.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in index] == [1, 2, 3, 4]
+        found = [line["columns"]["task"] for line in index]
+        assert found == [line["columns"]["task"] for line in json_lines(runs[2] / "trajectories" / "index.jsonl")]
+        # To rounding, what they learn from is the same too.
+        for name in ("entropy/mean", "policy/grad_norm", "advantage/std"):
+            values, same = ([line[name] for line in metrics_of(path)] for path in (run, runs[2]))
+            assert values == pytest.approx(same, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize(("best", "expected"), [(True, [1, 4]), (False, [4])])
+def test_the_best_checkpoint_outlives_the_newest(
+    best: bool,
+    expected: list[int],
+    minute_config: Callable[..., Config],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Panels of made-up success: 0.25 before RL, 0.75 after step 1, less after that."""
+    from epo.training import trainer
+
+    rates = iter([0.25, 0.75, 0.5, 0.75, 0.0])
+    play = trainer.evaluate
+    monkeypatch.setattr(trainer, "evaluate", lambda *a, **k: dataclasses.replace(play(*a, **k), success=next(rates)))
+    config = minute_config("evaluation.every=1", "checkpoint.every=4", "checkpoint.keep=1", f"checkpoint.best={best}")
+    run = tmp_path / "run"
+    summary = train_run(config, run, QuietObserver(), resume=False)
+    assert sorted(int(p.name[5:]) for p in (run / "checkpoints").iterdir()) == expected
+    kept = str(run / "checkpoints" / "step_000001") if best else None
+    assert summary["best"] == {"step": 1, "success": 0.75, "checkpoint": kept}
+    assert json.loads((run / "summary.json").read_text())["best"] == summary["best"]
+
+
+def json_lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def test_a_run_that_has_no_checkpoint_yet_is_resumed_from_its_start(
