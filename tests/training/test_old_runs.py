@@ -17,6 +17,7 @@ from test_runs_repeat import metrics_of
 
 from epo.errors import UserError
 from epo.evaluation.session import evaluate_target
+from epo.recipe import apply_overrides
 from epo.training.checkpoint import FORMAT, read_state
 from epo.training.run_folder import RunFolder
 from epo.training.session import train_run
@@ -35,6 +36,7 @@ def test_an_old_run_goes_on_and_is_of_the_new_format_from_there(old: Path):
     config = RunFolder.open(old).config()
     assert config.checkpoint.best and config.record.skipped == 4  # defaults
     before = metrics_of(old)
+    config = apply_overrides(config, ["checkpoint.keep=3"])  # what is kept may change when a run goes on
     assert train_run(config, old, QuietObserver(), resume=True)["finished"]
     assert metrics_of(old)[:2] == before and [line["step"] for line in metrics_of(old)] == [1, 2, 3, 4]
     formats = {path.name: read_state(path)["format"] for path in sorted((old / "checkpoints").iterdir())}
