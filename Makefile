@@ -4,6 +4,7 @@
 # make docs    write the generated pages of docs/
 # make reproduce-smoke   rerun a sliver of the benchmark, and compare docs/findings.md with the kept data
 # make crosscheck   compare the objectives with what verl and TRL ship
+# make chaos-runs   kill runs at random moments and compare what they leave with runs that nothing stopped
 # make test-vllm    test the vLLM sampler with real engines, on vLLM's CPU build
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 NAME ?= quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: train test browser lint docs alfworld reproduce-smoke crosscheck test-vllm clean
+.PHONY: train test browser lint docs alfworld reproduce-smoke crosscheck test-vllm chaos-runs clean
 
 train: $(VENV)/.train
 	$(BIN)/epo train quickstart --name $(NAME)
@@ -56,6 +57,12 @@ crosscheck: .venv-crosscheck/.installed
 	.venv-crosscheck/bin/python -m pip --disable-pip-version-check install --quiet --constraint $< torch
 	.venv-crosscheck/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement $<
 	@touch $@
+
+# A quarter of an hour on two busy cores. docs/reliability.md says what it shows.
+KILLS ?= 60
+SEED ?= 0
+chaos-runs: $(VENV)/.train
+	$(BIN)/python benchmarks/kill_runs.py --kills $(KILLS) --seed $(SEED)
 
 # An environment of its own, which learner and engine share: the CPU build of vLLM asks for exact versions.
 test-vllm: .venv-vllm/.installed
