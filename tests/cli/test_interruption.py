@@ -68,7 +68,7 @@ def test_a_second_signal_ends_at_once(start_epo: Start):
     # Steps long enough that the second signal comes within the first one's step.
     process, run = start_epo(*LONG, "rollout.tasks_per_step=1000"), Path("runs/minute")
     deadline = time.monotonic() + 120
-    while not (run / "eval.jsonl").is_file():
+    while not (run / "checkpoints" / "step_000000").is_dir():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
