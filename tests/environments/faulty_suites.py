@@ -6,6 +6,7 @@ import ctypes
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,6 +29,7 @@ class FaultyEnv(TextEnv):
     def __init__(self, suite: FaultySuite) -> None:
         self.suite, self.inner = suite, CorridorSuite(**suite.corridor).make_env()
         self.task_id, self.calls = "", 0
+        self.held: list[bytes] = []
         self.child: subprocess.Popen[bytes] | None = None
         if suite.child:
             code = "import time; held = b'x' * 50_000_000; print(1, flush=True); time.sleep(600)"
@@ -43,6 +45,12 @@ class FaultyEnv(TextEnv):
 
     def reset(self, task: Task) -> Observation:
         self.task_id, self.calls = task.id, 0
+        if self.suite.fault == "grow":
+            self.held.append(b"x" * 60_000_000)
+        if self.suite.fault == "litter":
+            folder = Path(tempfile.mkdtemp())
+            (folder / "half-written").write_bytes(b"x")
+            self.note("litter", folder)
         self.misbehave()
         return self.inner.reset(task)
 

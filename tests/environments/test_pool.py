@@ -256,6 +256,7 @@ def test_user_errors_arrive_as_user_errors(log: Path):
         ({"size": 1, "timeout_seconds": 0.0}, "timeout_seconds must be above 0"),
         ({"size": 1, "slow_timeout_seconds": float("nan")}, "slow_timeout_seconds must be above 0"),
         ({"size": 1, "max_restarts": -1}, "max_restarts must be at least 0, not -1"),
+        ({"size": 1, "worker_memory_mb": float("nan")}, "worker_memory_mb must be above 0"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments: dict[str, float], message: str):
@@ -308,6 +309,50 @@ def test_memory_is_that_of_worker_and_descendants(log: Path):
         expected = resident(noted(log, "worker")[0]) + resident(noted(log, "child")[0])
     assert measured is not None and measured[0] == 0
     assert measured[1] == pytest.approx(expected, rel=0.1) and expected > 50_000_000
+
+
+def test_a_worker_that_grows_is_replaced_between_episodes_only(
+    log: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """60 MB more with every episode, 200 MB allowed: a worker begins its first episodes, and then another does."""
+    monkeypatch.setattr("epo.environments._processes.MAX_AGE_SECONDS", 0.0)
+    with EnvPool("faulty", {"log": str(log), "fault": "grow"}, size=1, worker_memory_mb=200) as pool:
+        for task in TASKS[:9]:
+            assert play(pool, task) == undisturbed(task)
+            assert pool.restarts(0) == 0, "not a fault of the episode"
+        stats = pool.stats()
+        assert stats.rss_bytes is not None and stats.rss_bytes[0] < 300 * 2**20
+    workers = noted(log, "worker")
+    assert stats.recycled == len(workers) - 1 >= 2
+    assert stats.restarts == {"died": 0, "hung": 0, "failed": 0} and stats.failures == 0
+    wait_until_gone(workers)
+    assert caplog.text.count("environment.worker_memory_mb") == stats.recycled
+    assert f"(pid {workers[0]}) holds" in caplog.text and "more than the 200 MB" in caplog.text
+
+
+def test_memory_counts_what_a_worker_started(log: Path, monkeypatch: pytest.MonkeyPatch):
+    """The worker itself is below the limit; its child, as a JVM would, takes it above."""
+    monkeypatch.setattr("epo.environments._processes.MAX_AGE_SECONDS", 0.0)
+    with EnvPool("faulty", {"log": str(log), "child": True}, size=1, worker_memory_mb=80) as pool:
+        for task in TASKS[:3]:
+            pool.wait(pool.submit_reset(0, task))
+        assert pool.stats().recycled == 2
+    with EnvPool("faulty", {"log": str(log), "child": False}, size=1, worker_memory_mb=80) as pool:
+        for task in TASKS[:3]:
+            pool.wait(pool.submit_reset(0, task))
+        assert pool.stats().recycled == 0
+
+
+def test_temporary_files_of_killed_workers_are_removed(log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with EnvPool("faulty", {"log": str(log), "fault": "litter"}, size=1) as pool:
+        pool.wait(pool.submit_reset(0, TASKS[0]))
+        os.kill(noted(log, "worker")[0], signal.SIGKILL)
+        pool.wait(pool.submit_step(0, "push"))
+        left = [Path(line.split()[1]) for line in log.read_text().splitlines() if line.startswith("litter")]
+        assert len(left) == 2 and all(folder.is_relative_to(tmp_path) for folder in left)
+        assert [folder.exists() for folder in left] == [False, True]
+    assert list(tmp_path.glob("epo-worker-*")) == []
 
 
 def test_demonstrations_are_replayed_in_order(log: Path):

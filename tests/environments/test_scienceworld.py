@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -372,6 +374,45 @@ def test_an_exception_inside_the_simulator_is_not_the_agents_failure(env):
         env.step("wait")
     assert env.jvm_pid is None
     assert env.reset(task("find-animal/0")).goal
+
+
+def test_a_heap_too_small_for_the_simulator_is_named():
+    with ScienceWorldSuite(jvm_options=["-Xmx12m"]).make_env() as env:
+        with pytest.raises(EnvironmentFailure, match="OutOfMemoryError: Java heap space"):
+            env.reset(task("find-animal/0"))
+        assert env.jvm_pid is None
+
+
+def test_memory_exhausted_in_an_episode_ends_the_jvm_and_the_next_reset_recovers():
+    """The heap is really filled, up to what the running game holds; the simulator fails in a call of its own."""
+    with ScienceWorldSuite(jvm_memory_mb=64).make_env() as env:
+        start = env.reset(task("find-animal/0"))
+        pid, classes = env.jvm_pid, env._jvm.classes
+        hoard, runtime = classes.java.util.ArrayList(), classes.java.lang.Runtime.getRuntime()
+        classes.java.lang.System.gc()
+        while runtime.maxMemory() - runtime.totalMemory() + runtime.freeMemory() > 4_000_000:
+            hoard.add(classes.java.nio.ByteBuffer.allocate(1_000_000))
+        with pytest.raises(EnvironmentFailure, match="OutOfMemoryError"):
+            for number in range(20):
+                env.reset(task(f"find-animal/{number}"))
+        assert pid is not None and wait_until_gone(pid)
+        assert env.reset(task("find-animal/0")) == start
+
+
+def test_no_port_of_py4js_choice_is_needed(java):
+    """py4j's usual ports are taken, by somebody else; JVMs take free ones."""
+    with contextlib.ExitStack() as stack:
+        for port in (25333, 25334):
+            taken = stack.enter_context(socket.socket())
+            with contextlib.suppress(OSError):  # taken already, then
+                taken.bind(("127.0.0.1", port))
+                taken.listen()
+        jvms = [Jvm(java=java, classpath="") for _ in range(2)]
+        for jvm in jvms:
+            stack.callback(jvm.close)
+        ports = {jvm._client.gateway_parameters.port for jvm in jvms}
+        assert len(ports) == 2 and not ports & {25333, 25334}
+        assert all(jvm.classes.java.lang.System.currentTimeMillis() > 0 for jvm in jvms)
 
 
 def test_jvm_dies_with_its_parent():

@@ -20,6 +20,9 @@ class EnvironmentConfig(Section):
     """Turns after which an episode is truncated."""
     timeout_seconds: float = Field(default=60.0, gt=0)
     """Deadline of one environment call; after it the worker is replaced and the episode replayed."""
+    worker_memory_mb: int | None = Field(default=1024, ge=64)
+    """A worker that holds more MiB, its JVM included, is replaced before its next episode; null for no limit. What the
+    suites here need is below 500."""
 
 
 class AgentConfig(Section):

@@ -153,6 +153,15 @@ class Jvm:
     def is_alive(self) -> bool:
         return self._process.poll() is None
 
+    def last_words(self) -> str:
+        """What the JVM itself printed before it ended, such as that its memory was exhausted."""
+        pipe, said = self._process.stdout, b""
+        assert pipe is not None
+        with contextlib.suppress(OSError):
+            while select.select([pipe], [], [], 0.2)[0] and (chunk := os.read(pipe.fileno(), 4096)):
+                said += chunk
+        return said.decode(errors="replace").strip()[-500:]
+
     def strings(self, java_list: Any) -> list[str]:
         """A Java list of strings, fetched in one reply instead of one per entry."""
         joined: str = self.classes.java.lang.String.join(_SEPARATOR, java_list)

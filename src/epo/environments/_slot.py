@@ -31,8 +31,12 @@ class Slot:
     timeout_seconds: float
     slow_timeout_seconds: float
     max_restarts: int
+    memory: Callable[[int], int]
+    """Bytes that a worker and its descendants hold, by its process id."""
+    memory_limit: float
+    """Bytes above which a worker is replaced before the next episode."""
     causes: Counter[str]
-    """Restarts by cause, and `given up` episodes; shared by all slots."""
+    """Restarts by cause, `grown` workers, and `given up` episodes; shared by all slots."""
 
     worker: Worker | None = None
     deadline: float = 0.0
@@ -52,6 +56,8 @@ class Slot:
     _is_ready: bool = False
     _is_warm: bool = False
     """The present worker has answered a call. Environments may start their simulator only when first used."""
+    _episodes: int = 0
+    """Begun in the present worker."""
 
     @property
     def is_busy(self) -> bool:
@@ -71,6 +77,8 @@ class Slot:
             raise RuntimeError(f"slot {self.index}: gather the last call before the next one")
         if request.method != "step":
             self._history, self._replayed, self.restarts = [], 0, 0
+            self._recycle_if_grown()
+            self._episodes += 1
         elif not self._history:
             raise RuntimeError(f"slot {self.index} has no episode: reset it first")
         self._request = request
@@ -117,8 +125,19 @@ class Slot:
         self._history, self._replayed = [], 0
         self._outcomes.clear()
 
+    def _recycle_if_grown(self) -> None:
+        if self.worker is None or not self._is_warm or (held := self.memory(self.worker.pid)) <= self.memory_limit:
+            return
+        logger.warning(
+            "environment worker %d (pid %d) holds %d MB after %d episodes, more than the %d MB it may "
+            "(environment.worker_memory_mb): starting another",
+            *(self.index, self.worker.pid, held >> 20, self._episodes, int(self.memory_limit) >> 20),
+        )
+        self.causes["grown"] += 1
+        self.discard()
+
     def _start(self) -> None:
-        self._is_ready, self._is_warm, self._replayed = False, False, 0
+        self._is_ready, self._is_warm, self._replayed, self._episodes = False, False, 0, 0
         self.deadline = time.monotonic() + self.slow_timeout_seconds
         try:
             self.worker = self.start_worker()

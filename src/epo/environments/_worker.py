@@ -15,6 +15,7 @@ import logging
 import os
 import pickle
 import queue
+import shutil
 import signal
 import socket
 import struct
@@ -26,9 +27,9 @@ import time
 import traceback
 from collections.abc import Mapping
 from enum import Enum
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from epo.environments._processes import process_table
 from epo.environments.base import TextEnv
 from epo.environments.registry import load_suite
 from epo.errors import UserError
@@ -38,7 +39,7 @@ _BOOT = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
 from epo.environments._worker import main
-main(int(sys.argv[2]))
+main(int(sys.argv[2]), sys.argv[3])
 """
 _LENGTH = struct.Struct("!Q")
 _LAST_WORDS = 2000  # bytes of a dead worker's stderr that go into the log
@@ -78,7 +79,10 @@ class Worker:
         self.socket.settimeout(send_seconds)
         self._buffer = bytearray()
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the process
+        # Its own, so that nothing an engine was writing there when it was killed is left behind.
+        self._scratch = tempfile.mkdtemp(prefix="epo-worker-")
         environ = os.environ | {
+            "TMPDIR": self._scratch,
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
             "PYTHONHASHSEED": "0",  # so that an environment that iterates over a set does it alike in every worker
@@ -86,7 +90,14 @@ class Worker:
         try:
             with theirs:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-c", _BOOT, json.dumps([str(path) for path in sys.path]), str(theirs.fileno())],
+                    [
+                        sys.executable,
+                        "-c",
+                        _BOOT,
+                        json.dumps([*map(str, sys.path)]),
+                        str(theirs.fileno()),
+                        self._scratch,
+                    ],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=self._stderr,
@@ -95,8 +106,7 @@ class Worker:
                     env=environ,
                 )
         except OSError:
-            self.socket.close()
-            self._stderr.close()
+            self._clear()
             raise
         with contextlib.suppress(OSError):  # it died already: the next `receive` says so
             self.send((suite_name, target, dict(options)))
@@ -152,29 +162,13 @@ class Worker:
         words = (
             os.pread(self._stderr.fileno(), _LAST_WORDS, max(0, size - _LAST_WORDS)).decode(errors="replace").strip()
         )
-        self.socket.close()
-        self._stderr.close()
+        self._clear()
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}", words
 
-
-class ProcessInfo(NamedTuple):
-    """A line of the process table."""
-
-    pid: int
-    session: int
-    rss_bytes: int
-
-
-def process_table() -> list[ProcessInfo]:
-    """All living processes that this one may see; empty where there is no /proc."""
-    page, table = os.sysconf("SC_PAGE_SIZE"), list[ProcessInfo]()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
-            pid, _, rest = stat.read_text().partition(" (")
-            fields = rest.rpartition(") ")[2].split()  # the name before it may hold anything
-            if fields[0] not in "ZX":
-                table.append(ProcessInfo(int(pid), int(fields[3]), int(fields[21]) * page))
-    return table
+    def _clear(self) -> None:
+        self.socket.close()
+        self._stderr.close()
+        shutil.rmtree(self._scratch, ignore_errors=True)
 
 
 def _kill_descendants(leader: int) -> list[int]:
@@ -186,14 +180,19 @@ def _kill_descendants(leader: int) -> list[int]:
     return pids
 
 
-def main(fd: int) -> None:
-    """Build the environment, then answer requests until told to end. Runs in the worker process only."""
+def main(fd: int, scratch: str) -> None:
+    """Build the environment, then answer requests until told to end. Runs in the worker process only.
+
+    Args:
+        fd: the connection to the parent.
+        scratch: the process's own temporary folder, which the parent removes, or, if that died first, this process.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()
     os.set_inheritable(fd, False)  # or a JVM would hold the connection open after this process died
     connection = socket.socket(fileno=fd)
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(connection, inbox), daemon=True).start()
+    threading.Thread(target=_listen, args=(connection, inbox, scratch), daemon=True).start()
 
     name, target, options = inbox.get()
     try:
@@ -211,7 +210,7 @@ def main(fd: int) -> None:
             _send(connection, answer)
 
 
-def _listen(connection: socket.socket, inbox: queue.SimpleQueue[Any]) -> None:
+def _listen(connection: socket.socket, inbox: queue.SimpleQueue[Any], scratch: str) -> None:
     """Receive in a thread of its own, so that a parent's death is noticed while the environment is busy or hangs."""
     stream = connection.makefile("rb")
     try:
@@ -220,6 +219,7 @@ def _listen(connection: socket.socket, inbox: queue.SimpleQueue[Any]) -> None:
             inbox.put(pickle.loads(stream.read(length)))
     except (OSError, EOFError, struct.error):
         _kill_descendants(os.getpid())
+        shutil.rmtree(scratch, ignore_errors=True)
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
 

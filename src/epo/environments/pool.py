@@ -20,8 +20,9 @@ from multiprocessing.connection import wait as wait_readable
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
+from epo.environments._processes import SessionMemory
 from epo.environments._slot import Slot
-from epo.environments._worker import Request, Worker, process_table
+from epo.environments._worker import Request, Worker
 from epo.environments.registry import resolve_suite
 from epo.errors import EnvironmentFailure, UserError
 from epo.types import Observation, Step, Task
@@ -56,6 +57,8 @@ class PoolStats:
 
     restarts: dict[str, int]
     """Workers replaced, by cause: `died`, `hung` (missed a deadline), `failed` (the environment raised)."""
+    recycled: int
+    """Workers replaced between episodes because they had grown beyond `worker_memory_mb`."""
     failures: int
     """Episodes given up, each of which ended with an `EnvironmentFailure`."""
     rss_bytes: list[int] | None
@@ -74,9 +77,11 @@ class EnvPool:
         timeout_seconds: limit for one reset or step; a worker that exceeds it is replaced.
         slow_timeout_seconds: limit for starting a worker, for its first call, and for computing a demonstration.
         max_restarts: how often a worker is replaced within one episode before the episode is given up.
+        worker_memory_mb: a worker that holds more, its descendants (a JVM) included, is replaced before its next
+            episode; None for no limit. Needs /proc.
 
     Raises:
-        UserError: unknown suite, or a size, timeout or restart count out of range.
+        UserError: unknown suite, or a size, timeout, restart count or memory out of range.
     """
 
     def __init__(
@@ -88,6 +93,7 @@ class EnvPool:
         timeout_seconds: float = 60.0,
         slow_timeout_seconds: float = 300.0,
         max_restarts: int = 2,
+        worker_memory_mb: float | None = None,
     ) -> None:
         if size < 1:
             raise UserError(f"environment pool: size must be at least 1, not {size}")
@@ -96,7 +102,10 @@ class EnvPool:
                 raise UserError(f"environment pool: {name} must be above 0, not {seconds}")
         if max_restarts < 0:
             raise UserError(f"environment pool: max_restarts must be at least 0, not {max_restarts}")
+        if worker_memory_mb is not None and not worker_memory_mb > 0:
+            raise UserError(f"environment pool: worker_memory_mb must be above 0, not {worker_memory_mb}")
         target = resolve_suite(suite_name)
+        self._memory = SessionMemory()
         self._causes: Counter[str] = Counter()
         self._is_closed = False
         self._slots = [
@@ -106,6 +115,8 @@ class EnvPool:
                 timeout_seconds=timeout_seconds,
                 slow_timeout_seconds=slow_timeout_seconds,
                 max_restarts=max_restarts,
+                memory=self._memory.of,
+                memory_limit=float("inf") if worker_memory_mb is None else worker_memory_mb * 2**20,
                 causes=self._causes,
             )
             for index in range(size)
@@ -232,14 +243,13 @@ class EnvPool:
 
     def stats(self) -> PoolStats:
         """Counters since the pool was made, and present memory."""
-        usage = Counter[int]()
-        for process in (table := process_table()):
-            usage[process.session] += process.rss_bytes
+        is_known = self._memory.look()
         workers = [slot.worker for slot in self._slots]
         return PoolStats(
             restarts={cause: self._causes[cause] for cause in ("died", "hung", "failed")},
+            recycled=self._causes["grown"],
             failures=self._causes["given up"],
-            rss_bytes=[usage[w.pid] if w else 0 for w in workers] if table else None,
+            rss_bytes=[self._memory.of(w.pid) if w else 0 for w in workers] if is_known else None,
         )
 
     def close(self) -> None:

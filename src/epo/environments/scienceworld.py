@@ -153,6 +153,9 @@ class ScienceWorldEnv(TextEnv):
         self._jvm_options = (
             f"-Xmx{jvm_memory_mb}m",
             "-XX:+UseSerialGC",
+            # Caught in some thread, an OutOfMemoryError leaves a simulator that answers nonsense, or not at all.
+            "-XX:+ExitOnOutOfMemoryError",
+            "-XX:-UsePerfData",  # a file in /tmp, which outlives a killed JVM
             # Identity hashes are memory addresses otherwise, and they order the simulator's sets: listings, and whom a
             # bee visits, would differ from run to run.
             "-XX:+UnlockExperimentalVMOptions",
@@ -249,6 +252,10 @@ class ScienceWorldEnv(TextEnv):
             yield
         except UserError:
             raise
+        except EnvironmentFailure as error:
+            said = "" if self._jvm is None else self._jvm.last_words()
+            self.close()
+            raise EnvironmentFailure(f"{error}{said and f' (it said: {said})'}") from error
         except Py4JError as error:
             self.close()
             raise EnvironmentFailure(f"ScienceWorld's JVM reported: {error}") from error

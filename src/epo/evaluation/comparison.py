@@ -43,7 +43,7 @@ TRAINING = "training"
 """Row of the table for the episodes of training: many, but at the training temperature and on tasks that were seen."""
 _NO_OTHER_ARM = (
     *("seed", "name", "record", "health", "logging", "checkpoint", "model.threads", "environment.workers"),
-    *("sampler.kv_gib", "sampler.block_size", "sampler.max_weight_error"),
+    *("environment.worker_memory_mb", "sampler.kv_gib", "sampler.block_size", "sampler.max_weight_error"),
 )
 """Settings that may differ inside an arm."""
 

@@ -47,6 +47,7 @@ from epo.training.trainer import Observer, Trainer
 
 _OF_THE_MACHINE = (
     ("environment", "workers"),
+    ("environment", "worker_memory_mb"),
     ("sampler", "kv_gib"),
     ("sampler", "block_size"),
     ("sampler", "max_weight_error"),
@@ -78,7 +79,11 @@ def prepare_suite(config: Config) -> TaskSuite:
 def open_pool(config: Config) -> EnvPool:
     environment = config.environment
     return EnvPool(
-        environment.suite, environment.options, size=environment.workers, timeout_seconds=environment.timeout_seconds
+        environment.suite,
+        environment.options,
+        size=environment.workers,
+        timeout_seconds=environment.timeout_seconds,
+        worker_memory_mb=environment.worker_memory_mb,
     )
 
 

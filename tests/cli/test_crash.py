@@ -1,0 +1,67 @@
+"""A trainer that is killed without warning leaves nothing that runs and nothing temporary."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+def children() -> dict[int, list[tuple[int, str]]]:
+    """Living processes and their command names, by parent."""
+    found: dict[int, list[tuple[int, str]]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            pid, _, rest = stat.read_text(errors="replace").partition(" (")
+        except OSError:
+            continue
+        command, _, fields = rest.rpartition(") ")
+        state, parent = fields.split()[:2]
+        if state not in "ZX":
+            found.setdefault(int(parent), []).append((int(pid), command))
+    return found
+
+
+def descendants(pid: int) -> dict[int, str]:
+    table, found, waiting = children(), dict[int, str](), [pid]
+    while waiting:
+        for child, command in table.get(waiting.pop(), ()):
+            found[child] = command
+            waiting.append(child)
+    return found
+
+
+def alive(pids: dict[int, str]) -> list[int]:
+    now = {pid for siblings in children().values() for pid, _ in siblings}
+    return sorted(pid for pid in pids if pid in now)
+
+
+def test_a_killed_trainer_leaves_no_worker_no_jvm_and_no_file(
+    start_epo: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    trainer = start_epo(
+        "train",
+        "minute.yaml",
+        "environment.suite=scienceworld",
+        "environment.options={tasks: [lifespan-longest-lived]}",
+        "imitation.demonstrations=60",
+    )
+    deadline = time.monotonic() + 120
+    while list((started := descendants(trainer.pid)).values()).count("java") < 2:
+        assert trainer.poll() is None and time.monotonic() < deadline, "two workers with a JVM each"
+        time.sleep(0.1)
+    assert len(started) >= 4 and len(list(scratch.glob("epo-worker-*"))) == 2
+    trainer.kill()
+    trainer.wait()
+    deadline = time.monotonic() + 20
+    while left := alive(started) or list(scratch.iterdir()):
+        assert time.monotonic() < deadline, f"still there: {left}"
+        time.sleep(0.05)
