@@ -67,7 +67,7 @@ def prepare(name: str, folder: Path) -> dict[str, Any]:
         tokenizer = random_tokenizer(config.vocab_size)
     else:
         source = Path(name).expanduser()
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
         settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
         (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
         for file in source.glob("*.safetensors"):
@@ -82,7 +82,7 @@ def prepare(name: str, folder: Path) -> dict[str, Any]:
 
 def row_tokens(scenario: Scenario, folder: Path) -> int:
     """Tokens of one episode, from its first prompt to its last response."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     seen = EndlessEnv(words=scenario.observation_words).reset(Task(suite="endless", id="0", split="train"))
     messages = [{"role": "user", "content": f"{seen.goal}\n{seen.text}"}]
     for _ in range(scenario.turns - 1):

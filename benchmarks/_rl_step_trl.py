@@ -179,10 +179,14 @@ def work(folder: Path, *, attention: str = "sdpa", generation: dict[str, Any] | 
     logging.set_verbosity_error()
     scenario = Scenario.load(folder)
     torch.set_num_threads(scenario.threads)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model", local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model", local_files_only=True, trust_remote_code=False)
     tokenizer.response_template = RESPONSE_TEMPLATE
     model = AutoModelForCausalLM.from_pretrained(
-        folder / "model", local_files_only=True, dtype=torch.float32, attn_implementation=attention
+        folder / "model",
+        local_files_only=True,
+        trust_remote_code=False,
+        dtype=torch.float32,
+        attn_implementation=attention,
     )
     clock, meter = Clock(), Meter(model)
     config = GRPOConfig(

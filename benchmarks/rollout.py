@@ -89,7 +89,7 @@ def hf(folder: str, dtype: str, episodes: int) -> Generate:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, dtype=getattr(torch, dtype)).eval()
 
     @torch.inference_mode()
     def generate(prompts: Ids) -> tuple[Ids, dict[str, float]]:

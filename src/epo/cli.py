@@ -24,7 +24,7 @@ from epo.config import Config
 from epo.errors import StorageError, UserError
 from epo.models.command import models_app
 from epo.models.hub import stay_offline_unless_asked
-from epo.recipe import load_config, recipe_names
+from epo.recipe import folder_name, load_config, recipe_names
 from epo.reporting.pages import command as reporting_command
 from epo.reporting.terminal import command as show_command
 from epo.reporting.terminal.text import visible
@@ -87,13 +87,13 @@ def train(
     An alarm that `health.halt` names ends it without one (exit code 1).
     """
     config = load_config(recipe, overrides or ())
+    path = runs / folder_name(name, default=config.name)
     if dry_run:
         _print_config(config, as_json=as_json)
         return
     from epo.reporting.terminal.console import ConsoleObserver
     from epo.training.session import train_run
 
-    path = runs / (name or config.name.replace("/", "-"))
     try:
         with ConsoleObserver(config.steps, stderr) as observer:
             summary = train_run(config, path, observer, resume=resume)

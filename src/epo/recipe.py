@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from epo.bounded_yaml import check_plain, load_yaml
 from epo.config import Config, EntropyConfig, EnvironmentConfig
+from epo.config.section import FOLDER_NAME
 from epo.errors import UserError
-
-# Besides its own errors PyYAML lets those of Python's constructors through: 2024-13-45 is a ValueError.
-_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
 
 
 def recipe_names() -> list[str]:
@@ -42,6 +41,20 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
     return parse_config(_override(tree, overrides))
 
 
+def folder_name(name: str | None, *, default: str) -> str:
+    """`--name`, or what it is by default, as the name of a folder inside the folder of runs or sweeps.
+
+    Raises:
+        UserError: it would lead out of that folder, or cannot be shown.
+    """
+    if name is not None and (len(name) > 200 or not re.fullmatch(FOLDER_NAME, name)):
+        raise UserError(
+            f"--name {_shorten(repr(name))} is no name of a folder: leave out slashes, control characters and a dot at "
+            "the start; --runs (--sweeps) says which folder it is made in"
+        )
+    return default if name is None else name
+
+
 def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
     """`config` with `key=value` overrides applied, checked again.
 
@@ -58,6 +71,10 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
         UserError: names the first bad field, its value, and what is allowed.
     """
     try:
+        check_plain(tree)
+    except ValueError as error:
+        raise UserError(f"the configuration cannot be used: {error}") from None
+    try:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise UserError(_explain(error)) from None
@@ -68,8 +85,8 @@ def _read(recipe: str, *, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path in seen:
         raise UserError(f"recipe {recipe!r} extends itself: " + " -> ".join(p.name for p in (*seen, path)))
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, *_YAML_ERRORS) as error:
+        loaded = load_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"recipe {str(path)!r} cannot be read as YAML: {reason}") from None
     if loaded is None:
@@ -139,17 +156,22 @@ def _override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise UserError(f"override {override!r} is not of the form key=value, for example optimizer.learning_rate=1e-4")
+        raise UserError(
+            f"override {_shorten(repr(override))} is not of the form key=value, for example "
+            "optimizer.learning_rate=1e-4"
+        )
     try:
-        value = yaml.safe_load(text)
-    except _YAML_ERRORS:
-        raise UserError(f"override {override!r}: the value {text!r} is not valid YAML; quote it") from None
+        value = load_yaml(text)
+    except ValueError as error:
+        raise UserError(
+            f"override {_shorten(repr(override))}: the value is not valid YAML; quote it ({error})"
+        ) from None
     node = tree
     *parents, leaf = key.split(".")
     for parent in parents:
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise UserError(f"override {override!r}: {parent!r} is a value, not a section")
+            raise UserError(f"override {_shorten(repr(override))}: {_shorten(repr(parent))} is a value, not a section")
         node = cast("dict[str, Any]", child)
     if key in _CHOICES:
         _leave(node, key, value)
@@ -158,14 +180,14 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
+    where = _shorten(".".join(str(part) for part in first["loc"]))
     if first["type"] == "extra_forbidden":
         fields = _fields_at(first["loc"][:-1])
         name = str(first["loc"][-1])
         everywhere = [f for f in _all_fields(Config) if f.split(".")[-1] == name]
         hint = _nearest(name, fields) or (f" (did you mean {everywhere[0]!r}?)" if everywhere else "")
         return f"unknown key {where!r}{hint}. Valid here: {', '.join(fields)}"
-    message = first["msg"].removeprefix("Value error, ")
+    message = _shorten(first["msg"].removeprefix("Value error, "), most=600)
     if first["type"] == "model_type":
         message = "a section of keys and values goes here"
     if first["type"] == "value_error":
@@ -173,8 +195,8 @@ def _explain(error: ValidationError) -> str:
     return f"{where}={_shorten(repr(first['input']))} is not allowed: {message[0].lower()}{message[1:]}"
 
 
-def _shorten(text: str) -> str:
-    return text if len(text) <= 200 else f"{text[:200]}..."
+def _shorten(text: str, *, most: int = 200) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:

@@ -6,8 +6,6 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-
 from epo.errors import UserError
 
 # Mark the words of a probe conversation. Letters only, so that no template escapes or trims them.
@@ -43,10 +41,13 @@ class ChatFormat:
         self._control = re.compile("|".join(map(re.escape, alternatives)) or "(?!)")
         try:
             between, mark, after = self._after_response(_USER_MARK).partition(_USER_MARK)
-        except TemplateError as error:
+        except UserError:
+            raise
+        except Exception as error:  # a template is a program, and fails in any way that one does
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise UserError(
-                f"the chat template of model.path={tokenizer.name_or_path!r} does not render user and assistant turns: "
-                f"{' '.join(str(error).split())}"
+                f"the chat template of model.path={tokenizer.name_or_path!r} does not render user and assistant turns "
+                f"({reason}): use another chat_template.jinja"
             ) from None
         if not mark or _USER_MARK in after:
             raise UserError(
@@ -135,7 +136,11 @@ class ChatFormat:
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
     def _encode(self, text: str, *, as_text: bool = False) -> list[int]:
-        """`as_text`: the text of control tokens is no control token."""
+        """`as_text`: the text of control tokens is no control token.
+
+        Halves of surrogate pairs, which no tokenizer takes, are read as question marks.
+        """
+        text = text.encode("utf-8", "replace").decode()
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=as_text)
         return [int(i) for i in encoded["input_ids"]]
 

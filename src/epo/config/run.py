@@ -10,12 +10,12 @@ from pydantic import Field, model_validator
 from epo.config.acting import AgentConfig, EnvironmentConfig, RolloutConfig, SamplerConfig
 from epo.config.learning import AlgorithmConfig, EntropyConfig, OptimizerConfig
 from epo.config.model import ImitationConfig, ModelConfig
-from epo.config.section import Section
+from epo.config.section import FOLDER_NAME, Section
 from epo.config.watching import CheckpointConfig, EvaluationConfig, HealthConfig, LoggingConfig, RecordConfig
 
 
 class Config(Section):
-    name: str = Field(default="run", pattern=r"^[^/\\.][^/\\]*$")
+    name: str = Field(default="run", pattern=FOLDER_NAME, max_length=200)
     """Name of the recipe; the default name of the run folder."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """All randomness of the run follows from it."""

@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
+FOLDER_NAME = r"^[^/\\.\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*$"
+"""What may name a folder in a folder of ours: it leads nowhere else, is not hidden, and a terminal can show it."""
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False)

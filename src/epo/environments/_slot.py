@@ -161,6 +161,8 @@ class Slot:
         self._is_warm = kind is Answer.VALUE
         if kind is Answer.FAILURE:
             self._recover("failed", payload)
+        elif kind is Answer.NONSENSE:  # as it would be again after a replay
+            self._give_up(f"the environment broke its contract: {payload}")
         elif kind is Answer.USER_ERROR:
             self.discard()
             self._outcomes.append(UserError(payload))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import io
 import json
 import logging
 import os
@@ -30,10 +31,11 @@ from enum import Enum
 from typing import Any, Literal, NamedTuple
 
 from epo.environments._processes import process_table
+from epo.environments._replies import checked
 from epo.environments.base import TextEnv
 from epo.environments.registry import load_suite
 from epo.errors import UserError
-from epo.types import Task
+from epo.types import Observation, Step, Task
 
 _BOOT = """
 import json, sys
@@ -42,6 +44,8 @@ from epo.environments._worker import main
 main(int(sys.argv[2]), sys.argv[3])
 """
 _LENGTH = struct.Struct("!Q")
+MAX_ANSWER_BYTES = 1 << 24
+"""Of one answer of an environment. The longest of the suites here, a list of 500 actions, has some 30,000."""
 _LAST_WORDS = 2000  # bytes of a dead worker's stderr that go into the log
 _DEATH_SECONDS = 5.0  # what the kernel gets to end a killed process
 
@@ -60,6 +64,19 @@ class Answer(Enum):
     VALUE = "what the method returned"
     USER_ERROR = "the text of a UserError"
     FAILURE = "the type and text of any other exception"
+    NONSENSE = "what is wrong with what the method returned"
+
+
+class _RecordsOnly(pickle.Unpickler):
+    """Reads what workers say: our records and plain data, and nothing that could be called."""
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        if (module_name, global_name) in _RECORDS:
+            return getattr(sys.modules[module_name], global_name)
+        raise pickle.UnpicklingError(f"{module_name}.{global_name} is no record of an environment's")
+
+
+_RECORDS = frozenset((kind.__module__, kind.__name__) for kind in (Answer, Observation, Step))
 
 
 class Lost(ConnectionError):
@@ -141,9 +158,14 @@ class Worker:
         if len(self._buffer) < _LENGTH.size:
             return None
         (length,) = _LENGTH.unpack_from(self._buffer)
+        if length > MAX_ANSWER_BYTES:
+            raise Lost(f"the process announced an answer of {length} bytes")
         if len(self._buffer) < _LENGTH.size + length:
             return None
-        answer = pickle.loads(self._buffer[_LENGTH.size : _LENGTH.size + length])
+        try:
+            answer = _RecordsOnly(io.BytesIO(self._buffer[_LENGTH.size : _LENGTH.size + length])).load()
+        except Exception as error:  # whatever bytes can do to pickle
+            raise Lost(f"the process said what is no answer ({error})") from error
         del self._buffer[: _LENGTH.size + length]
         return answer
 
@@ -204,7 +226,11 @@ def main(fd: int, scratch: str) -> None:
     with env:
         while (request := inbox.get()) is not None:
             try:
-                answer = (Answer.VALUE, _call(env, request))
+                value = _call(env, request)
+                try:
+                    answer = (Answer.VALUE, checked(request, value))
+                except TypeError as error:
+                    answer = (Answer.NONSENSE, str(error))
             except Exception as error:
                 answer = _explain(error)
             _send(connection, answer)
@@ -230,6 +256,9 @@ def _call(env: TextEnv, request: Request) -> Any:
 
 def _send(connection: socket.socket, message: tuple[Answer, Any]) -> None:
     data = pickle.dumps(message)
+    if len(data) > MAX_ANSWER_BYTES:
+        text = f"it answered with {len(data)} bytes; at most {MAX_ANSWER_BYTES} are taken"
+        data = pickle.dumps((Answer.NONSENSE, text))
     connection.sendall(_LENGTH.pack(len(data)) + data)
 
 

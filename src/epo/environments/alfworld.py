@@ -11,8 +11,8 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
 
 from epo.environments._textworld_memo import new_engine, require_packages
 from epo.environments.base import TaskSuite, TextEnv
@@ -111,10 +111,16 @@ class AlfworldEnv(TextEnv):
         self._engine, self._loaded, self._playing = None, None, False
 
     def _read(self, task: Task) -> dict[str, Any]:
-        path = self._games / task.id / "game.tw-pddl"
+        place = PurePosixPath(task.id)
+        if place.is_absolute() or ".." in place.parts or "\0" in task.id:
+            raise UserError(f"task id {task.id!r}: must be a folder below {self._games}, as `tasks` lists them")
+        path = self._games / place / "game.tw-pddl"
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            game = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(game, dict):
+                raise ValueError("it is no JSON object")
+            return cast("dict[str, Any]", game)
+        except (OSError, ValueError, RecursionError) as error:
             raise EnvironmentFailure(f"task {task.id!r}: the game {path} cannot be read: {error}") from error
 
 
@@ -280,9 +286,11 @@ def _index(root: Path) -> dict[str, list[dict[str, str]]]:
     ]
     cached = cache_root() / "alfworld" / f"{_digest(stamps)[:16]}.json"
     try:
-        return json.loads(cached.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        pass  # not scanned yet
+        known = json.loads(cached.read_text(encoding="utf-8"))
+        if all(set(e) == {"id", "task_type", "sha256"} for split in FOLDERS for e in known[split]):
+            return known
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass  # not scanned yet, or damaged
     index: dict[str, list[dict[str, str]]] = {}
     for split, paths in found.items():
         index[split] = []
@@ -315,5 +323,5 @@ def _candidates(folder: Path) -> list[Path]:
 def _is_solvable(path: Path) -> bool:
     try:
         return json.loads(path.read_text(encoding="utf-8")).get("solvable") is True
-    except ValueError as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"the game {path} is not valid JSON ({error}); delete it or download it again") from error

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from epo.recipe import folder_name
 from epo.reporting.terminal.text import visible
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def sweep_command(
     from epo.sweep.runner import SweepRunner, check_parallel
 
     sweep = load_sweep(file)
-    folder = SweepFolder(sweeps / (name or sweep.plan.name))
+    folder = SweepFolder(sweeps / folder_name(name, default=sweep.plan.name))
     at_once = check_parallel(parallel, threads=max(config.model.threads or 1 for config in sweep.configs.values()))
     if dry_run:
         if as_json:

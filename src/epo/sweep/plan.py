@@ -11,9 +11,11 @@ from typing import Annotated, Any, cast
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from epo.bounded_yaml import load_yaml
 from epo.config import Config
 from epo.errors import UserError
 from epo.recipe import load_config
+from epo.reporting.terminal.text import visible
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -88,8 +90,8 @@ def load_sweep(file: Path) -> Sweep:
 
 def _read(file: Path) -> SweepPlan:
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, LookupError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        tree = load_yaml(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UserError(f"sweep {str(file)!r} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"sweep {str(file)!r} must be a mapping with recipe, seeds and arms")
@@ -99,7 +101,7 @@ def _read(file: Path) -> SweepPlan:
         plan = SweepPlan.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = visible(".".join(str(part) for part in first["loc"]))[:200]
         if first["type"] == "extra_forbidden":
             raise UserError(
                 f"sweep {str(file)!r}: unknown key {where!r}. Valid here: {', '.join(SweepPlan.model_fields)}"

@@ -24,10 +24,11 @@ def load_directory(folder: Path, config: ModelConfig) -> tuple[Any, Any]:
     _check_directory(folder)
     attention = resolve_attention(config, resolve_device(config.device))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             local_files_only=True,
+            trust_remote_code=False,  # left out, transformers would ask at the terminal whether to run it
             use_safetensors=True,
             dtype=getattr(torch, config.dtype),
             attn_implementation=attention,
@@ -68,7 +69,7 @@ def load_tokenizer(folder: Path) -> Any:
         UserError: its files are missing or damaged.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever is wrong with the files: tokenizers, for one, raises bare Exception
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(
@@ -82,13 +83,21 @@ def _check_directory(folder: Path) -> None:
             f"model.path={str(folder)!r} is not a directory: give the path of a Hugging Face model directory, "
             "or 'tiny' for the embedded model, or a name that `epo models` lists"
         )
+    for entry in os.scandir(folder):
+        # Reading a pipe or a device may never end.
+        if os.path.exists(entry.path) and not entry.is_file() and not entry.is_dir():
+            raise UserError(
+                f"model.path={str(folder)!r}: {entry.name!r} is no file: copy the directory again, completely"
+            )
     if not (folder / "config.json").is_file():
         raise UserError(f"model.path={str(folder)!r} has no config.json: it is not a Hugging Face model directory")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
             shards = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        except (ValueError, KeyError, TypeError, AttributeError):
+            if outside := sorted(name for name in shards if name != Path(name).name or name in (".", "..")):
+                raise ValueError(outside[0])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{str(index)!r} is damaged: copy the model directory again, completely") from None
     else:
         shards = {"model.safetensors"}

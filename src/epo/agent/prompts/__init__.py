@@ -7,6 +7,7 @@ and for the window context `history` (the last pairs: `.number`, `.observation`,
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -60,8 +61,8 @@ class Prompt:
                 think=self._think,
                 transcript=self._transcript,
             )
-        except TemplateError as error:
-            raise UserError(f"agent.prompt={self._name!r} cannot be rendered: {error}") from None
+        except Exception as error:  # a template is a program, and fails in any way that one does
+            raise UserError(f"agent.prompt={self._name!r} cannot be rendered: {_reason(error)}") from None
 
 
 def prompt_names() -> list[str]:
@@ -77,7 +78,7 @@ def prompt_source(name: str) -> str:
     """
     shipped = resources.files(__name__) / f"{name}.j2"
     path = shipped if name in prompt_names() else Path(name)
-    if not path.is_file():
+    if not os.path.isfile(str(path)):  # unlike Path.is_file, never raises
         raise UserError(
             f"agent.prompt={name!r} is neither a shipped template ({', '.join(prompt_names())}) nor a file: "
             "give one of the names or the path of a Jinja file"
@@ -91,7 +92,13 @@ def prompt_source(name: str) -> str:
 def _load(name: str) -> Template:
     # Sandboxed: a template file may come from somebody else.
     environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=False, autoescape=False)
+    source = prompt_source(name)
     try:
-        return environment.from_string(prompt_source(name))
-    except TemplateError as error:
-        raise UserError(f"agent.prompt={name!r} is not a valid Jinja template: {error}") from None
+        return environment.from_string(source)
+    except (TemplateError, RecursionError, ValueError, OverflowError) as error:
+        raise UserError(f"agent.prompt={name!r} is not a valid Jinja template: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
+    return " ".join(f"{kind}{error}".split())[:300]

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
+from epo.bounded_yaml import load_yaml
 from epo.errors import UserError
 from epo.reporting.reading.trajectory_files import inside
 
@@ -37,8 +36,8 @@ def read_config(path: Path) -> tuple[dict[str, Any], str]:
         raise UserError(f"{str(path)!r} is no run (it has no config.yaml): give a run folder, such as runs/quickstart")
     try:
         text = file.read_bytes().decode("utf-8")
-        tree = plain(yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
-    except (OSError, ValueError, LookupError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        tree = plain(load_yaml(text))
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{str(file)!r} cannot be read ({reason}): it is no run of epo, or damaged") from None
     config = cast("dict[str, Any]", tree) if isinstance(tree, dict) else {}

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from epo.errors import UserError
 from epo.reporting.reading.json_lines import parse_object
+from epo.reporting.reading.record_schema import is_entry, is_vocabulary, problem_of_record
 from epo.reporting.terminal.text import visible
 from epo.reporting.trajectories import INDEX_COLUMNS, index_entry
 
@@ -71,7 +72,7 @@ class StoredTrajectories:
         if (index := self.folder / "index.jsonl").is_file():
             entries = (parse_object(line) for line in index.read_bytes().split(b"\n"))
             # What is damaged is made anew from the step's own file.
-            self._index = {e["step"]: e["columns"] for e in entries if e is not None and _is_whole(e)}
+            self._index = {e["step"]: e["columns"] for e in entries if e is not None and is_entry(e)}
 
     def file(self, step: int) -> Path:
         return self.folder / f"step_{step:06d}.jsonl"
@@ -83,10 +84,9 @@ class StoredTrajectories:
         columns = self._index.get(step)
         if columns is None:
             columns = index_entry(self.records(step))["columns"]
-        names = list(columns)
         return [
-            {"step": step, "row": row, **dict(zip(names, values, strict=True))}
-            for row, values in enumerate(zip(*columns.values(), strict=True))
+            {"step": step, "row": row, **dict(zip(INDEX_COLUMNS, values, strict=True))}
+            for row, values in enumerate(zip(*(columns[name] for name in INDEX_COLUMNS), strict=True))
         ]
 
     def matching(self, wanted: Filter, *, step: int | None = None) -> Iterator[Record]:
@@ -95,7 +95,8 @@ class StoredTrajectories:
             rows = [row for row in self.rows(each) if wanted.admits(row)]
             if rows and wanted.search is not None:
                 records = self.records(each)
-                rows = [row for row in rows if wanted.finds(records[row["row"]])]
+                # An index of another file may list rows that this one has not.
+                rows = [row for row in rows if row["row"] < len(records) and wanted.finds(records[row["row"]])]
             yield from rows
 
     def records(self, step: int) -> list[Record]:
@@ -144,8 +145,11 @@ def read_records(file: Path) -> list[Record]:
     records: list[Record] = []
     for number, line in enumerate(lines):
         record = parse_object(line)
-        if record is None or not isinstance(record.get("turns"), list):
-            raise UserError(f"{str(file)!r}: row {number} is no trajectory: restore the file, or choose another step")
+        problem = "no JSON object" if record is None else problem_of_record(record)
+        if record is None or problem is not None:
+            raise UserError(
+                f"{str(file)!r}: row {number} is no trajectory ({problem}): restore the file, or choose another step"
+            )
         records.append(record)
     return records
 
@@ -154,7 +158,8 @@ def read_vocabulary(run: Path) -> list[str] | None:
     """The text of every token; None for a run that did not keep it."""
     file = run / "vocabulary.json"
     entry = parse_object(b'{"pieces": ' + file.read_bytes() + b"}") if file.is_file() else None
-    return entry["pieces"] if entry is not None else None
+    pieces = None if entry is None else entry["pieces"]
+    return pieces if is_vocabulary(pieces) else None
 
 
 def piece_reader(vocabulary: list[str] | None) -> Callable[[int], str]:
@@ -166,12 +171,3 @@ def piece_reader(vocabulary: list[str] | None) -> Callable[[int], str]:
         return visible(vocabulary[token])
 
     return piece
-
-
-def _is_whole(entry: Record) -> bool:
-    columns = entry.get("columns")
-    if not isinstance(entry.get("step"), int) or not isinstance(columns, dict):
-        return False
-    found = cast("dict[str, Any]", columns)
-    lengths = {len(column) if isinstance(column, list) else -1 for column in found.values()}
-    return tuple(found) == INDEX_COLUMNS and len(lengths) == 1 and -1 not in lengths

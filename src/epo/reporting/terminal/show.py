@@ -176,13 +176,14 @@ class TrajectoryView:
         remarks = [
             f"reward {turn['reward']:+.2f}",
             f"score {turn['score']:.2f}",
-            f"prompt {turn['prompt_tokens']} tokens",
         ]
+        if turn.get("prompt_tokens") is not None:
+            remarks.append(f"prompt {turn['prompt_tokens']} tokens")
         if turn.get("dropped_turns"):
             remarks.append(f"{turn['dropped_turns']} earlier turns left out")
         if not turn["is_valid"]:
             remarks.append("INVALID")
-        if not turn["understood"]:
+        if not turn.get("understood", True):
             remarks.append("not understood")
         yield Rule(f"turn {number + 1}: {', '.join(remarks)}", align="left", characters="─", style="none")
         grid = Table.grid(padding=(0, 1))

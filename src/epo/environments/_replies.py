@@ -1,0 +1,77 @@
+"""What an environment returns, checked and made plain before it leaves the worker process."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, SupportsFloat, cast
+
+from epo.types import Observation, Step
+
+if TYPE_CHECKING:
+    from epo.environments._worker import Request
+
+
+def checked(request: Request, value: Any) -> Observation | Step | list[str] | None:
+    """`value`, returned by the method that `request` names, with strings, floats and booleans of the built-in kinds.
+
+    Raises:
+        TypeError: it is not what the contract says; tells the field and its kind.
+    """
+    if request.method == "reset":
+        return _observation(value, "reset")
+    if request.method == "step":
+        return _step(value)
+    return None if value is None else list(_texts(value, "demonstration"))
+
+
+def _step(value: Any) -> Step:
+    if not isinstance(value, Step):
+        raise TypeError(f"step returned {_kind(value)}, not a Step")
+    return Step(
+        observation=_observation(value.observation, "step's observation"),
+        reward=_number(value.reward, "reward"),
+        terminated=_truth(value.terminated, "terminated"),
+        truncated=_truth(value.truncated, "truncated"),
+        success=_truth(value.success, "success"),
+        score=_number(value.score, "score"),
+        understood=_truth(value.understood, "understood"),
+    )
+
+
+def _observation(value: Any, what: str) -> Observation:
+    if not isinstance(value, Observation):
+        raise TypeError(f"{what} returned {_kind(value)}, not an Observation")
+    actions = value.admissible_actions
+    return Observation(
+        text=_text(value.text, "text"),
+        admissible_actions=None if actions is None else tuple(_texts(actions, "admissible_actions")),
+        goal=None if value.goal is None else _text(value.goal, "goal"),
+    )
+
+
+def _texts(value: Any, field: str) -> list[str]:
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"{field} is {_kind(value)}, not a sequence of texts")
+    return [_text(entry, field) for entry in cast("list[Any]", value)]
+
+
+def _text(value: Any, field: str) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{field} is {_kind(value)}, not text")
+    return str.__str__(value)  # of a subclass, which the parent may not know, the plain text
+
+
+def _number(value: Any, field: str) -> float:
+    """NumPy's numbers pass; what is not finite does too, and ends the episode where rewards are added up."""
+    if isinstance(value, str | bytes) or not isinstance(value, SupportsFloat):
+        raise TypeError(f"{field} is {_kind(value)}, not a number")
+    return float(value)
+
+
+def _truth(value: Any, field: str) -> bool:
+    if type(value).__name__ not in ("bool", "bool_"):  # NumPy's is no subclass
+        raise TypeError(f"{field} is {_kind(value)}, not a truth value")
+    return bool(value)
+
+
+def _kind(value: Any) -> str:
+    return f"a {type(value).__name__}"
