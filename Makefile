@@ -5,6 +5,9 @@
 # make reproduce-smoke   rerun a sliver of the benchmark, and compare docs/findings.md with the kept data
 # make crosscheck   compare the objectives with what verl and TRL ship
 # make chaos-runs   kill runs at random moments and compare what they leave with runs that nothing stopped
+# make fuzz    throw a few hundred thousand hostile inputs, and count what became of them
+# make soak    ten thousand resets of real environments, and what grows meanwhile
+# make audit   known vulnerabilities of the pinned packages (asks their databases)
 # make test-vllm    test the vLLM sampler with real engines, on vLLM's CPU build
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 NAME ?= quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: train test browser lint docs alfworld reproduce-smoke crosscheck test-vllm chaos-runs clean
+.PHONY: train test browser lint docs alfworld reproduce-smoke crosscheck test-vllm chaos-runs fuzz soak audit clean
 
 train: $(VENV)/.train
 	$(BIN)/epo train quickstart --name $(NAME)
@@ -46,6 +49,18 @@ reproduce-smoke: $(VENV)/.train
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
 	  $(BIN)/epo sweep benchmarks/sweeps/smoke.yaml --sweeps "$$folder" && $(BIN)/epo compare "$$folder/smoke"
 	$(BIN)/python benchmarks/findings.py --check
+
+fuzz: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz_campaign.py </dev/null
+
+soak: $(VENV)/.test
+	OMP_NUM_THREADS=1 nice -n 10 $(BIN)/python benchmarks/soak.py
+
+# In an environment of its own, which needs nothing but the list of versions.
+audit:
+	@test -x .venv-audit/bin/pip-audit || { $(PYTHON) -m venv .venv-audit && \
+	  .venv-audit/bin/python -m pip --disable-pip-version-check install --quiet 'pip-audit==2.10.1'; }
+	.venv-audit/bin/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
 
 # An environment of its own: fully pinned, and without resolving, so that no other build of torch comes in.
 crosscheck: .venv-crosscheck/.installed
@@ -94,4 +109,4 @@ $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt requirements/alfworl
 	@touch $@ $(VENV)/.train
 
 clean:
-	rm -rf $(VENV) .venv-crosscheck .venv-vllm build *.egg-info
+	rm -rf $(VENV) .venv-crosscheck .venv-vllm .venv-audit build *.egg-info

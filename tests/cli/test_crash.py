@@ -1,7 +1,9 @@
-"""A trainer that is killed without warning leaves nothing that runs and nothing temporary."""
+"""What a run opens while it is on, and that a trainer killed without warning leaves nothing: no process, no file."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -41,6 +43,23 @@ def alive(pids: dict[int, str]) -> list[int]:
     return sorted(pid for pid in pids if pid in now)
 
 
+def listening(pids: dict[int, str]) -> set[str]:
+    """Local addresses, as /proc writes them, at which any of the processes accepts connections."""
+    sockets: set[str] = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            sockets |= {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()}
+    return {
+        columns[1].rpartition(":")[0]
+        for table in ("tcp", "tcp6", "udp", "udp6")
+        for columns in map(str.split, Path(f"/proc/net/{table}").read_text().splitlines()[1:])
+        if columns[3] in ("0A", "07") and f"socket:[{columns[9]}]" in sockets
+    }
+
+
+LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+
+
 def test_a_killed_trainer_leaves_no_worker_no_jvm_and_no_file(
     start_epo: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,6 +77,11 @@ def test_a_killed_trainer_leaves_no_worker_no_jvm_and_no_file(
     while list((started := descendants(trainer.pid)).values()).count("java") < 2:
         assert trainer.poll() is None and time.monotonic() < deadline, "two workers with a JVM each"
         time.sleep(0.1)
+    while not (addresses := listening(descendants(trainer.pid))):  # a JVM has started and not opened its port yet
+        assert trainer.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    assert addresses <= LOOPBACK
+    started = descendants(trainer.pid)
     assert len(started) >= 4 and len(list(scratch.glob("epo-worker-*"))) == 2
     trainer.kill()
     trainer.wait()

@@ -53,6 +53,12 @@ def refuse(epo: Epo, *arguments: str) -> str:
         (["minute.yaml", "agent.prompt=raect"], ["raect", "react"]),
         (["minute.yaml", "model.path=nowhere"], ["model.path='nowhere' is not a directory"]),
         (["minute.yaml", "model.max_context=40"], ["model.max_context=40", "raise model.max_context"]),
+        (["minute.yaml", "--name", "../minute"], ["--name '../minute'", "leave out slashes"]),
+        (["minute.yaml", "--name", "/tmp/minute"], ["--name '/tmp/minute'", "--runs"]),
+        (["minute.yaml", "--name", "a\x1b[2Jb"], ["--name", "control characters"]),
+        (["minute.yaml", 'name="../minute"'], ["name='../minute'"]),
+        (["minute.yaml", 'agent.prompt="react\\0"'], ["NUL"]),
+        (["minute.yaml", "agent.prompt=../../../../../../etc/shadow-of-nothing"], ["neither a shipped template"]),
         (["minute.yaml", "--resume"], ["there is no run in 'runs/minute'", "without --resume"]),
     ],
 )

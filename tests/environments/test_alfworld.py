@@ -274,6 +274,25 @@ def test_engine_trouble_is_the_environments_failure_and_passes(easy, tmp_path, m
         assert transcript(env, good) == expected
 
 
+@pytest.mark.parametrize("place", ["../secret", "train/../../secret", "{}/secret", "secret\0"])
+def test_task_ids_lead_nowhere_else(easy, tmp_path, place):
+    """The game is there and could be played; it lies outside."""
+    task = easy.tasks("train")[0]
+    games = tmp_path / "games"
+    shutil.copytree(easy.make_env()._games / task.id, tmp_path / "secret")
+    games.mkdir()
+    with AlfworldEnv(games) as env, pytest.raises(UserError, match="must be a folder below"):
+        env.reset(Task(suite="household", id=place.format(tmp_path), split="train"))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "[" * 100_000, '{"solvable": true, "x": NaN', "\x00"])
+def test_damaged_published_games_are_named(published, text):
+    game = next((published / "json_2.1.1/train").glob("pick_and_place_simple-*/trial_T*/game.tw-pddl"))
+    game.write_text(text)
+    with pytest.raises(UserError, match="is not valid JSON"):
+        AlfworldSuite(data=str(published)).tasks("train")
+
+
 def test_household_provenance_is_plain_about_what_the_games_are(easy, suite):
     provenance = easy.provenance()
     assert "not the published" in provenance["note"]
