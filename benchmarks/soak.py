@@ -73,6 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=100, help="of 100 resets each")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after the round that exceeds this")
+    parser.add_argument("--until", type=int, help="trends of the samples up to so many resets only")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--figure", action="store_true", help="only draw the figure of the data in --out")
     arguments = parser.parse_args()
@@ -83,6 +84,9 @@ def main() -> None:
             result = soak(arguments.rounds, arguments.minutes, Path(scratch))
         write_atomically(arguments.out, json.dumps(result, indent=1) + "\n")
     result = json.loads(arguments.out.read_text(encoding="utf-8"))
+    if arguments.until:
+        samples = [sample for sample in result["samples"] if sample["resets"] <= arguments.until]
+        result["trends"] = {key: trend(samples, key) for key in result["trends"]}
     draw(result, FIGURE if arguments.out == RESULT else arguments.out.with_suffix(".svg"))
     print(report(result))
 
@@ -252,7 +256,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_xlabel("resets", fontsize=9)
         axes.tick_params(labelsize=8)
-        axes.legend(fontsize=8, frameon=False)
+        axes.legend(fontsize=8, frameon=False, loc="center right")
         axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})

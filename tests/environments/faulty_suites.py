@@ -57,12 +57,16 @@ class FaultyEnv(TextEnv):
     def step(self, action: str) -> Step:
         self.calls += 1
         self.misbehave()
+        if self.suite.fault == "nonsense" and self.suite.only == self.task_id and self.calls == self.suite.at:
+            return object()  # pyright: ignore
         step = self.inner.step(action)
         text = step.observation.text
         if self.suite.fault == "nondeterministic":
             text += f" Process {os.getpid()}."
         if self.suite.fault == "large":
             text *= 100_000
+        if self.suite.fault == "flood":
+            text *= 1_000_000
         if self.suite.fault == "modules":
             text = " ".join(sys.modules)
         return replace(step, observation=replace(step.observation, text=text))

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import random
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from epo.environments import make_suite, register_suite
+from epo.environments._replies import checked
+from epo.environments._worker import Lost, Worker
 from epo.environments.pool import EnvPool, Job, Request
 from epo.errors import EnvironmentFailure, UserError
 from epo.types import Observation, Step, Task
@@ -384,3 +390,72 @@ def test_a_job_that_raises_leaves_no_call_behind():
         with pytest.raises(ZeroDivisionError):
             pool.map(broken, TASKS[:4])
         assert pool.map(episode, TASKS[:2]) == [undisturbed(task) for task in TASKS[:2]]
+
+
+class Weird(str):
+    """A text that the parent process does not know the class of."""
+
+
+@pytest.mark.parametrize(
+    ("method", "value", "problem"),
+    [
+        ("reset", None, "reset returned a NoneType"),
+        ("reset", Observation(text=7), "text is a int"),  # pyright: ignore
+        ("reset", Observation(text="x", goal=b"x"), "goal is a bytes"),  # pyright: ignore
+        ("reset", Observation(text="x", admissible_actions="xy"), "admissible_actions is a str"),  # pyright: ignore
+        ("step", Observation(text="x"), "step returned a Observation, not a Step"),
+        ("step", Step(observation=Observation(text="x"), reward="1", terminated=False), "reward is a str"),  # pyright: ignore
+        ("step", Step(observation=Observation(text="x"), reward=0, terminated=1), "terminated is a int"),  # pyright: ignore
+        ("step", Step(observation=None, reward=0, terminated=True), "step's observation returned a NoneType"),  # pyright: ignore
+        ("demonstration", "open door", "demonstration is a str"),
+        ("demonstration", ["open", 1], "demonstration is a int"),
+    ],
+)
+def test_answers_of_the_wrong_kind_are_named(method: str, value: object, problem: str):
+    with pytest.raises(TypeError, match=problem):
+        checked(Request(method, ""), value)  # pyright: ignore
+
+
+def test_answers_become_plain():
+    answer = Step(
+        observation=Observation(text=Weird("x"), admissible_actions=[Weird("a")]),  # pyright: ignore
+        reward=np.float32(0.5),  # pyright: ignore
+        terminated=np.bool_(True),  # pyright: ignore
+        score=1,
+    )
+    step = checked(Request("step", ""), answer)
+    assert step == Step(
+        observation=Observation(text="x", admissible_actions=("a",)), reward=0.5, terminated=True, score=1.0
+    )
+    assert type(step.observation.text) is str and type(step.reward) is float and type(step.terminated) is bool
+    assert checked(Request("demonstration", ""), None) is None
+
+
+def test_a_broken_contract_ends_the_episode_at_once_and_the_worker_goes_on(log: Path, caplog: pytest.LogCaptureFixture):
+    options = {"log": str(log), "fault": "nonsense", "only": TASKS[0].id}
+    with EnvPool("faulty", options, size=1) as pool:
+        *before, failure = play(pool, TASKS[0])
+        assert before == undisturbed(TASKS[0])[:2]
+        assert isinstance(failure, EnvironmentFailure) and "broke its contract: step returned a object" in str(failure)
+        assert play(pool, TASKS[1]) == undisturbed(TASKS[1])
+        assert pool.stats().restarts == {"died": 0, "hung": 0, "failed": 0} and pool.stats().failures == 1
+    assert len(noted(log, "worker")) == 1
+    with EnvPool("faulty", {"log": str(log), "fault": "flood"}, size=1) as pool:
+        assert "bytes; at most" in str(play(pool, TASKS[0])[-1])
+
+
+@pytest.mark.parametrize(
+    "data", [pickle.dumps(os.system), b"cos\nsystem\n(S'true'\ntR.", b"garbage", pickle.dumps(Path("x"))]
+)
+def test_workers_can_say_records_and_nothing_that_runs(data: bytes):
+    worker = Worker.__new__(Worker)
+    worker.socket, theirs = socket.socketpair()
+    worker._buffer = bytearray()
+    with worker.socket, theirs:
+        theirs.sendall(struct.pack("!Q", len(data)) + data)
+        with pytest.raises(Lost, match="is no answer"):
+            worker.receive()
+        theirs.sendall(struct.pack("!Q", 1 << 60))
+        worker._buffer.clear()
+        with pytest.raises(Lost, match="announced an answer"):
+            worker.receive()

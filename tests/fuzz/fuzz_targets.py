@@ -103,7 +103,7 @@ def epo(*arguments: str) -> None:
 # Configurations
 
 
-@target("configuration trees", bounded=400, full=100_000)
+@target("configuration trees", bounded=200, full=100_000)
 def config_trees(folder: Path) -> Iterator[Throw]:
     whole = Config().model_dump(mode="json")
 
@@ -154,7 +154,7 @@ def _dump(tree: Any) -> str:
     return yaml.safe_dump(tree, allow_unicode=True, sort_keys=False)
 
 
-@target("recipe files", bounded=200, full=20_000, seconds=10)
+@target("recipe files", bounded=50, full=20_000, seconds=10)
 def recipes(folder: Path) -> Iterator[Throw]:
     whole = Config().model_dump(mode="json")
     file = folder / "recipe.yaml"
@@ -168,7 +168,7 @@ def recipes(folder: Path) -> Iterator[Throw]:
     yield throw
 
 
-@target("sweep files", bounded=80, full=3000)
+@target("sweep files", bounded=30, full=3000)
 def sweeps(folder: Path) -> Iterator[Throw]:
     whole = {
         "name": "s",
@@ -239,7 +239,7 @@ def prompts(folder: Path) -> Iterator[Throw]:
 # Files of runs
 
 
-@target("run folders, read by `epo show`, `report`, `compare` and `watch`", bounded=60, full=4000, seconds=60)
+@target("run folders, read by `epo show`, `report`, `compare` and `watch`", bounded=25, full=4000, seconds=60)
 def run_folders(folder: Path) -> Iterator[Throw]:
     import viewer_run
 
@@ -332,7 +332,7 @@ def tiny_policy() -> tuple[Policy, Any]:
     return Policy(build_model(tokenizer, config, seed=0).eval(), tokenizer, max_context=512), config
 
 
-@target("model directories", bounded=40, full=2000, seconds=60)
+@target("model directories", bounded=15, full=2000, seconds=60)
 def model_directories(folder: Path) -> Iterator[Throw]:
     policy, config = tiny_policy()
     whole, model = folder / "whole-model", folder / "model"
@@ -442,7 +442,7 @@ def model_directories(folder: Path) -> Iterator[Throw]:
 # Environments and agents
 
 
-@target("responses through the action parser", bounded=20_000, full=100_000)
+@target("responses through the action parser", bounded=10_000, full=100_000)
 def responses(folder: Path) -> Iterator[Throw]:
     def throw(rng: random.Random) -> Verdict:
         text = fuzz_cases.text(rng)
@@ -482,15 +482,15 @@ def corridor_actions(folder: Path) -> Iterator[Throw]:
     yield from _steps("corridor", {})
 
 
-@target("actions in ScienceWorld", bounded=300, full=5000, seconds=90, has_workers=True)
+@target("actions in ScienceWorld", bounded=100, full=5000, seconds=90, has_workers=True)
 def scienceworld_actions(folder: Path) -> Iterator[Throw]:
     yield from _steps("scienceworld", {"tasks": ["find-animal", "boil", "power-component"]})
 
 
-@target("actions in household games", bounded=60, full=1000, seconds=120, has_workers=True)
+@target("actions in household games", bounded=20, full=1000, seconds=120, has_workers=True)
 def household_actions(folder: Path) -> Iterator[Throw]:
     options = {
-        "counts": {"train": 2, "iid": 0, "ood": 0},
+        "counts": {"train": 1, "iid": 0, "ood": 0},
         "max_receptacles": 6,
         "max_copies": 1,
         "density": 0.2,
@@ -501,7 +501,7 @@ def household_actions(folder: Path) -> Iterator[Throw]:
 
 
 @target(
-    "replies of environments, through pool, rollout, packing and run folder", bounded=60, full=3000, has_workers=True
+    "replies of environments, through pool, rollout, packing and run folder", bounded=25, full=3000, has_workers=True
 )
 def replies(folder: Path) -> Iterator[Throw]:
     policy, model = tiny_policy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,3 +231,48 @@ def test_architectures_that_would_be_computed_wrongly_are_refused(
         message = refusal(folder, tiny_config)
         assert expected in message
         assert str(folder) in message
+
+
+def test_a_models_own_code_is_neither_run_nor_offered(
+    folder: Path, tiny_config: ModelConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers asks at the terminal whether to run it, unless it is told not to."""
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda text="": asked.append(text) or "y")
+    ran = folder / "RAN"
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: pass\n")
+    auto = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
+    change_json(folder / "config.json", auto_map=auto, model_type="evil")
+    assert "cannot be loaded" in refusal(folder, tiny_config)
+    change_json(folder / "config.json", model_type="llama")
+    change_json(folder / "tokenizer_config.json", auto_map=auto, tokenizer_class="Evil")
+    try:
+        load_policy(folder, tiny_config)
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1
+    assert asked == [] and not ran.exists() and "y/N" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", WEIGHTS, "README.md"])
+def test_pipes_and_devices_are_not_waited_for(folder: Path, tiny_config: ModelConfig, name: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    assert repr(name) in refusal(folder, tiny_config)
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/zero")
+    assert repr(name) in refusal(folder, tiny_config)
+
+
+@pytest.mark.parametrize("shard", ["../elsewhere.safetensors", "/etc/hostname", "..", "a/b.safetensors"])
+def test_shards_lie_in_the_directory(folder: Path, tiny_config: ModelConfig, shard: str) -> None:
+    (folder.parent / "elsewhere.safetensors").write_bytes((folder / WEIGHTS).read_bytes())
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": shard}}))
+    assert "is damaged" in refusal(folder, tiny_config)
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 1/0 }}", "{{ messages[0].content + 1 }}", "{% for i in range(10**9) %}x{% endfor %}"]
+)
+def test_templates_that_fail_are_named(folder: Path, tiny_config: ModelConfig, template: str) -> None:
+    (folder / "chat_template.jinja").write_text(template)
+    assert "use another chat_template.jinja" in refusal(folder, tiny_config)

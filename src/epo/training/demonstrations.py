@@ -70,7 +70,7 @@ def _play(
             f"suite {suite.name!r} has no expert to imitate that succeeds: set imitation.demonstrations=0 and give a "
             "model directory as model.path"
         )
-    write_atomically(path, json.dumps([asdict(d) for d in demonstrations], ensure_ascii=False))
+    write_atomically(path, json.dumps([asdict(d) for d in demonstrations]))
 
 
 def as_trajectory(
@@ -109,7 +109,8 @@ def texts(demonstrations: Sequence[Demonstration]) -> list[str]:
         for observation, action in zip(demonstration.observations, demonstration.actions, strict=True):
             found += [part for part in (observation.goal, observation.text, action) if part]
             found += observation.admissible_actions or ()
-    return found
+    # No tokenizer takes halves of surrogate pairs.
+    return [text.encode("utf-8", "replace").decode() for text in found]
 
 
 def _demonstration(task: Task, played: Sequence[Transition]) -> Demonstration:
@@ -131,9 +132,14 @@ def _read(path: Path) -> list[Demonstration]:
         actions = fields["admissible_actions"]
         return Observation(**{**fields, "admissible_actions": None if actions is None else tuple(actions)})
 
-    return [
-        Demonstration(
-            task=Task(**d["task"]), observations=[observation(o) for o in d["observations"]], actions=d["actions"]
-        )
-        for d in json.loads(path.read_text(encoding="utf-8"))
-    ]
+    try:
+        return [
+            Demonstration(
+                task=Task(**d["task"]), observations=[observation(o) for o in d["observations"]], actions=d["actions"]
+            )
+            for d in json.loads(path.read_text(encoding="utf-8"))
+        ]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(
+            f"the demonstrations in {str(path)!r} are damaged: delete the file to have them made anew"
+        ) from None
