@@ -103,7 +103,7 @@ def epo(*arguments: str) -> None:
 # Configurations
 
 
-@target("configuration trees", bounded=200, full=100_000)
+@target("configuration trees", bounded=200, full=5000)
 def config_trees(folder: Path) -> Iterator[Throw]:
     whole = Config().model_dump(mode="json")
 
@@ -117,7 +117,7 @@ def config_trees(folder: Path) -> Iterator[Throw]:
     yield throw
 
 
-@target("dotted overrides", bounded=200, full=20_000)
+@target("dotted overrides", bounded=200, full=2000)
 def overrides(folder: Path) -> Iterator[Throw]:
     keys: list[str] = []
 
@@ -154,7 +154,7 @@ def _dump(tree: Any) -> str:
     return yaml.safe_dump(tree, allow_unicode=True, sort_keys=False)
 
 
-@target("recipe files", bounded=50, full=20_000, seconds=10)
+@target("recipe files", bounded=50, full=600, seconds=10)
 def recipes(folder: Path) -> Iterator[Throw]:
     whole = Config().model_dump(mode="json")
     file = folder / "recipe.yaml"
@@ -168,7 +168,7 @@ def recipes(folder: Path) -> Iterator[Throw]:
     yield throw
 
 
-@target("sweep files", bounded=30, full=3000)
+@target("sweep files", bounded=30, full=600)
 def sweeps(folder: Path) -> Iterator[Throw]:
     whole = {
         "name": "s",
@@ -187,7 +187,7 @@ def sweeps(folder: Path) -> Iterator[Throw]:
     yield throw
 
 
-@target("prompt templates", bounded=100, full=5000)
+@target("prompt templates", bounded=100, full=1500)
 def prompts(folder: Path) -> Iterator[Throw]:
     from epo.agent.prompts import Prompt, prompt_names, prompt_source
 
@@ -239,7 +239,7 @@ def prompts(folder: Path) -> Iterator[Throw]:
 # Files of runs
 
 
-@target("run folders, read by `epo show`, `report`, `compare` and `watch`", bounded=25, full=4000, seconds=60)
+@target("run folders, read by `epo show`, `report`, `compare` and `watch`", bounded=25, full=600, seconds=60)
 def run_folders(folder: Path) -> Iterator[Throw]:
     import viewer_run
 
@@ -332,7 +332,7 @@ def tiny_policy() -> tuple[Policy, Any]:
     return Policy(build_model(tokenizer, config, seed=0).eval(), tokenizer, max_context=512), config
 
 
-@target("model directories", bounded=15, full=2000, seconds=60)
+@target("model directories", bounded=15, full=300, seconds=60)
 def model_directories(folder: Path) -> Iterator[Throw]:
     policy, config = tiny_policy()
     whole, model = folder / "whole-model", folder / "model"
@@ -482,12 +482,12 @@ def corridor_actions(folder: Path) -> Iterator[Throw]:
     yield from _steps("corridor", {})
 
 
-@target("actions in ScienceWorld", bounded=100, full=5000, seconds=90, has_workers=True)
+@target("actions in ScienceWorld", bounded=100, full=3000, seconds=90, has_workers=True)
 def scienceworld_actions(folder: Path) -> Iterator[Throw]:
     yield from _steps("scienceworld", {"tasks": ["find-animal", "boil", "power-component"]})
 
 
-@target("actions in household games", bounded=20, full=1000, seconds=120, has_workers=True)
+@target("actions in household games", bounded=20, full=300, seconds=120, has_workers=True)
 def household_actions(folder: Path) -> Iterator[Throw]:
     options = {
         "counts": {"train": 1, "iid": 0, "ood": 0},
@@ -501,7 +501,7 @@ def household_actions(folder: Path) -> Iterator[Throw]:
 
 
 @target(
-    "replies of environments, through pool, rollout, packing and run folder", bounded=25, full=3000, has_workers=True
+    "replies of environments, through pool, rollout, packing and run folder", bounded=25, full=300, has_workers=True
 )
 def replies(folder: Path) -> Iterator[Throw]:
     policy, model = tiny_policy()

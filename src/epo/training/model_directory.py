@@ -114,13 +114,19 @@ def _check_directory(folder: Path) -> None:
 
 def _check_sizes(folder: Path, shards: set[str]) -> None:
     """Refuse a config.json that speaks of a model larger than its weights: building it could take forever."""
+    shapes: list[list[int]] = []
     try:
-        claimed = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        shapes: list[list[int]] = []
         for name in shards:
             with safe_open(folder / name, framework="numpy") as weights:
                 shapes += [weights.get_slice(key).get_shape() for key in weights.keys()]  # noqa: SIM118  no mapping
-    except (OSError, ValueError, RecursionError, SafetensorError):
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"model.path={str(folder)!r} cannot be loaded ({reason}): copy the directory again, completely"
+        ) from None
+    try:
+        claimed = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return  # the loader says what is wrong
     most = {name: len(shapes) for name in ("num_hidden_layers", "num_layers", "n_layer", "n_layers")}
     largest = max(map(math.prod, shapes), default=0)
