@@ -23,8 +23,9 @@ def load_directory(folder: Path, config: ModelConfig) -> tuple[Any, Any]:
     Raises:
         UserError: no such directory, a missing or half-written file, a model that reads less than `max_context`.
     """
-    _check_directory(folder)
+    shards = _check_directory(folder)
     attention = resolve_attention(config, resolve_device(config.device))
+    _check_sizes(folder, shards)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -79,7 +80,8 @@ def load_tokenizer(folder: Path) -> Any:
         ) from None
 
 
-def _check_directory(folder: Path) -> None:
+def _check_directory(folder: Path) -> set[str]:
+    """The names of the files that hold its weights."""
     if not os.path.isdir(folder):  # unlike Path.is_dir, never raises
         raise UserError(
             f"model.path={str(folder)!r} is not a directory: give the path of a Hugging Face model directory, "
@@ -109,7 +111,7 @@ def _check_directory(folder: Path) -> None:
             f"model.path={str(folder)!r} lacks {', '.join(missing)}: copy it again, completely, or convert its weights "
             "to safetensors (pickled weights are not read)"
         )
-    _check_sizes(folder, shards)
+    return shards
 
 
 def _check_sizes(folder: Path, shards: set[str]) -> None:
