@@ -15,14 +15,13 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from scripted import plain_options
 from trl import GRPOTrainer
 
 from epo.errors import UserError
 from epo.integrations.trl import EPOConfig, EPOTrainer
 from epo.integrations.trl.tokens import turn_ids, turn_metrics
 from epo.training.policy import Policy
-
-from .conftest import plain_options
 
 Make = Callable[..., EPOTrainer]
 

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import statistics
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from scripted import EPO, PROMPT, SCRIPT, Scripted, literal_turn_ids, tokens_of
 from trl import GRPOConfig, GRPOTrainer
 
+from epo.errors import UserError
 from epo.integrations.trl import EPOConfig, EPOTrainer
-
-from .conftest import PROMPT, SCRIPT, Scripted, literal_turn_ids, tokens_of
-
-EPO: dict[str, Any] = {
-    "epo_coefficient": 0.7,
-    "epo_alpha": 2.0,
-    "epo_kappa_low": 0.9,
-    "epo_kappa_high": 1.05,
-}
 
 
 def entropies(model: Any, row: int, step: int) -> dict[int, list[torch.Tensor]]:
@@ -176,3 +173,54 @@ def test_tokens_can_be_weighed_alike_instead(scripted: Scripted) -> None:
     hs = [h for row in range(len(SCRIPT)) for turn in entropies(model, row, 0).values() for h in turn]
     (-0.001 * sum(hs) / len(hs)).backward()
     assert gap(gradients.steps[0], {name: p.grad for name, p in model.named_parameters()}) < 1e-4
+
+
+def test_an_entropy_without_gradient_is_refused_rather_than_not_trained(
+    scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored = GRPOTrainer._get_per_token_logps_and_entropies
+
+    def detached(self: Any, *args: Any, **kwargs: Any) -> Any:
+        logprobs, entropy, auxiliary = scored(self, *args, **kwargs)
+        return logprobs, entropy.detach(), auxiliary
+
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", detached)
+    with pytest.raises(UserError, match=r"TRL 1\.16\.0 computes no entropy that a gradient could flow through"):
+        scripted.run(EPOTrainer, EPOConfig, **EPO)
+
+
+def test_what_the_settings_cannot_do_is_said_when_the_trainer_is_made(
+    scripted: Scripted, caplog: pytest.LogCaptureFixture
+) -> None:
+    scripted.run(EPOTrainer, EPOConfig, epo_method="epo")
+    assert "the corridor has no floor" in caplog.text
+
+
+def test_two_processes_train_like_one(scripted: Scripted, tmp_path: Path) -> None:
+    scripted.policy.model.save_pretrained(tmp_path / "model")
+    scripted.policy.tokenizer.save_pretrained(tmp_path / "model")
+    script = Path(__file__).with_name("two_processes.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(
+        [*launch, str(tmp_path / "model"), str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    assert first["history"] == second["history"]
+    model = copy.deepcopy(scripted.policy.model).double()
+    references: list[float] = []
+    for step in range(2):
+        wanted, logged = expected(model, step, references=references, steps=2)
+        for rank in (first, second):
+            given = {name.removeprefix("module."): g for name, g in rank["gradients"][step].items()}
+            assert gap(given, wanted) < 1e-4
+        log = [entry for entry in first["log"] if "epo/beta" in entry][step]
+        for name, value in logged.items():
+            assert log[name] == pytest.approx(value, abs=1e-5), name
+        references.append(mean_entropy(model, step))
+    assert [mean for [[_, mean]] in first["history"]] == pytest.approx(references, abs=1e-4)

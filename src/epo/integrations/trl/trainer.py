@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging
 
 from epo.errors import UserError
 from epo.files import write_atomically
@@ -31,7 +31,7 @@ from epo.objectives import EntropyControl, gather_tokens, trajectory_weights
 STATE_FILE = "epo_state.json"
 """Beside TRL's files in every checkpoint."""
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 class EPOTrainer(GRPOTrainer):
