@@ -41,11 +41,10 @@ class Letters:
         return self.earned
 
 
-options = argparse.ArgumentParser()
-options.add_argument("--model", default="tiny")
-options.add_argument("--steps", type=int, default=20)
-options.add_argument("--output", default="trl-epo")
-options = options.parse_args()
+parser = argparse.ArgumentParser()
+parser.add_argument("--model", default="tiny")
+parser.add_argument("--steps", type=int, default=20)
+options = parser.parse_args()
 if options.model == "tiny":
     tokenizer = build_tokenizer(["Say a. Say e. Say i. Say o."] * 4, vocabulary_size=280)
     model = build_model(tokenizer, ModelConfig.model_validate({"max_context": 256}), seed=0)
@@ -66,7 +65,7 @@ tokenizer.response_template = {
     "fields": {"tool_calls": {"content": "text", "repeats": True, "transform": call}},
 }
 config = EPOConfig(
-    output_dir=options.output,
+    output_dir="trl-epo",
     epo_method="epo_strong",  # EPO
     epo_coefficient=0.01,  # EPO
     max_steps=options.steps,

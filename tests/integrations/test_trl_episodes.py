@@ -180,7 +180,8 @@ def test_evaluation_is_trls_and_leaves_the_history_alone(make: Make) -> None:
 def test_the_example_trains_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     example = Path(__file__).parents[2] / "examples" / "trl_epo.py"
     assert len(example.read_text().splitlines()) < 90
-    monkeypatch.setattr(sys, "argv", [str(example), "--steps", "2", "--output", str(tmp_path)])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(example), "--steps", "2"])
     trainer = runpy.run_path(str(example), run_name="__main__")["trainer"]
     first, second = [entry for entry in trainer.state.log_history if "epo/beta" in entry]
     assert "entropy/reference" not in first

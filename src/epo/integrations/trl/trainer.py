@@ -181,8 +181,8 @@ class EPOTrainer(GRPOTrainer):
             self._drawn.append((sampling_n, inputs["trajectory_ids"][is_trained_B_T], turns_n))
         for name, value in {"entropy/loss": float(term.loss.detach()), **term.metrics}.items():
             self._term_metrics[name] += value / self.num_iterations
-        # Weights sum to 1 over the generation batch and all processes. The gradient shall be that of a mean over one
-        # optimiser step's micro-batches, and processes are averaged, not summed.
+        # The weights sum to 1 over the generation batch and all processes; those of an optimiser step, which may see a
+        # part of the batch, shall too, and gradients of processes are averaged, not summed.
         share = self._slices / self.current_gradient_accumulation_steps
         return loss + share * self.accelerator.num_processes * term.loss
 
