@@ -46,7 +46,7 @@ class EPOTrainer(GRPOTrainer):
     Example::
 
         trainer = EPOTrainer(
-            model="HuggingFaceTB/SmolLM2-135M-Instruct",
+            model="Qwen/Qwen3-0.6B",
             args=EPOConfig(output_dir="run", max_steps=100, epo_method="epo_strong", epo_coefficient=0.01),
             environment_factory=MyEnvironment,
         )
