@@ -1,1 +1,1 @@
-"""EPO inside other people's trainers. Nothing else of epo imports this room."""
+"""EPO inside other trainers, one module or package for each. Nothing else of epo imports this room."""
