@@ -127,5 +127,6 @@ def _refuse_several_rows(trajectory_R: Tensor, *, group: dist.ProcessGroup | Non
     if len(trajectory_N.unique()) < len(trajectory_N):
         raise UserError(
             "a trajectory has several rows in a mini-batch and nothing says which turns they are: give turn_index, "
-            "from 0, as a column of the batch or in the agent loop's extra_fields, or set trainer.v1.trainer_mode=epo_sync"
+            "from 0, as a column of the batch or in the agent loop's extra_fields, or set "
+            "trainer.v1.trainer_mode=epo_sync"
         )
