@@ -1,4 +1,4 @@
-"""Rows as verl's batches have them, with trajectory and turn of every token written out, and the objective in plain loops.
+"""Rows as verl has them, trajectory and turn of every token written out, and the objective in plain loops.
 
 Legend for tensor suffixes: _N trained tokens, in the order of the rows.
 """
@@ -14,6 +14,9 @@ from torch import Tensor
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 VOCABULARY = 24
+
+STRONG = {"coefficient": 0.3, "alpha": 2.0, "kappa_low": 0.9, "kappa_high": 1.05}
+"""A corridor that many tokens lie outside of."""
 
 
 @dataclass

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from literal import (
+    STRONG,
     Row,
     agent_loop_rows,
     beta_of,
@@ -29,7 +30,6 @@ from verl.workers.engine import FSDPEngineWithLMHead
 from epo.errors import UserError
 from epo.integrations.verl import EPOPolicyLossConfig
 
-STRONG = {"coefficient": 0.3, "alpha": 2.0, "kappa_low": 0.9, "kappa_high": 1.05}
 LAYOUTS = pytest.mark.parametrize("layout", [agent_loop_rows, turn_rows], ids=["agent_loop", "turn_rows"])
 
 

@@ -16,13 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-from literal import Row, agent_loop_rows, beta_of, epo_term, fill, token_mean_surrogate, trained, turn_rows
+from literal import STRONG, Row, agent_loop_rows, beta_of, epo_term, fill, token_mean_surrogate, trained, turn_rows
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import LlamaForCausalLM
 
 HERE = Path(__file__).parent
-STRONG = {"coefficient": 0.3, "alpha": 2.0, "kappa_low": 0.9, "kappa_high": 1.05}
 LAYOUTS = {layout.__name__: layout for layout in (agent_loop_rows, turn_rows)}
 
 
@@ -32,7 +31,7 @@ def run_workers(folder: Path, ranks: int) -> dict[str, Any]:
         port = probe.getsockname()[1]
     environment = os.environ | {
         "VERL_PLATFORM": "cpu",
-        "VERL_USE_EXTERNAL_MODULES": "cpu_platform,epo.integrations.verl",
+        "VERL_USE_EXTERNAL_MODULES": "without_trl,cpu_platform,epo.integrations.verl",
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1] / "src")]),
         "WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",

@@ -6,20 +6,16 @@ parameters and plain SGD, so that a step of the parameters is the gradient. Rank
 
 from __future__ import annotations
 
-import sys
-
-# verl 0.9.1 asks TRL for a class that TRL 1.16.0 does not have; without TRL it does not ask.
-sys.modules["trl"] = None  # type: ignore[assignment]
-
 import json
 import os
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from literal import VOCABULARY, Row, agent_loop_rows, batch_of, fill, turn_rows
+from literal import STRONG, VOCABULARY, Row, agent_loop_rows, batch_of, fill, turn_rows
 from transformers import LlamaConfig, LlamaForCausalLM
 from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils as tu
@@ -35,8 +31,6 @@ from verl.workers.engine_workers import TrainingWorker
 from verl.workers.utils.losses import ppo_loss
 
 from epo.integrations.verl import EPOPolicyLossConfig
-
-STRONG = {"coefficient": 0.3, "alpha": 2.0, "kappa_low": 0.9, "kappa_high": 1.05}
 
 
 def save_model(folder: Path) -> None:
