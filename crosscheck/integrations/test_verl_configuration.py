@@ -1,4 +1,4 @@
-"""The shipped example and the documented settings, in verl's own configuration: every key exists, options are checked."""
+"""The shipped example and the documented settings in verl's own configuration: keys exist, options are checked."""
 
 from __future__ import annotations
 

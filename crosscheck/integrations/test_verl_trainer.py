@@ -1,4 +1,4 @@
-"""`trainer_mode=epo_sync`: verl's own `_compute_advantage` with estimators `epo_*`; a dictionary stands for its queue."""
+"""`trainer_mode=epo_sync`: verl's own `_compute_advantage` with estimators `epo_*`; a dictionary stands for a queue."""
 
 from __future__ import annotations
 
