@@ -65,10 +65,9 @@ def name_tokens(data: TensorDict, *, group: dist.ProcessGroup | None, device: An
     rolled_B_L = padded["loss_mask"] if padded["loss_mask"].shape == mask_B_L.shape else padded["response_mask"]
     trajectory_B = torch.tensor(_trajectories(data), dtype=torch.int64, device=mask_B_L.device)
     first_turn_B = _first_turns(data)
-    if first_turn_B is None:
-        _refuse_several_rows(trajectory_B[mask_B_L.any(1)].to(device), group=group)
-        first_turn_B = [0] * len(trajectory_B)
-    turns_B_L = turn_runs(rolled_B_L) + torch.tensor(first_turn_B, device=mask_B_L.device)[:, None]
+    _refuse_unnamed_turns(trajectory_B[mask_B_L.any(1)].to(device), named=first_turn_B is not None, group=group)
+    first_B = torch.tensor(first_turn_B or [0] * len(trajectory_B), device=mask_B_L.device)
+    turns_B_L = turn_runs(rolled_B_L) + first_B[:, None]
     trajectories_R = trajectory_B[:, None].expand_as(turns_B_L)[mask_B_L]
     turns_R = turns_B_L[mask_B_L]
 
@@ -121,10 +120,10 @@ def _first_turns(data: TensorDict) -> list[int] | None:
     return turns
 
 
-def _refuse_several_rows(trajectory_R: Tensor, *, group: dist.ProcessGroup | None) -> None:
-    """Every rank sees the rows of all, so that all of them stop or none."""
-    ((trajectory_N,), _) = gather_tokens(trajectory_R, group=group)
-    if len(trajectory_N.unique()) < len(trajectory_N):
+def _refuse_unnamed_turns(trajectory_R: Tensor, *, named: bool, group: dist.ProcessGroup | None) -> None:
+    """Every rank sees the rows of all, so that all of them stop or none. `named`: this rank's rows say their turns."""
+    (trajectory_N, named_N), _ = gather_tokens(trajectory_R, torch.full_like(trajectory_R, int(named)), group=group)
+    if not bool(named_N.all()) and len(trajectory_N.unique()) < len(trajectory_N):
         raise UserError(
             "a trajectory has several rows in a mini-batch and nothing says which turns they are: give turn_index, "
             "from 0, as a column of the batch or in the agent loop's extra_fields, or set "
