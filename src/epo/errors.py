@@ -1,4 +1,4 @@
-"""The one error that users see. Everything else is a bug or a lost worker."""
+"""The one error that users see. Everything else is a bug or something that was lost."""
 
 from __future__ import annotations
 
@@ -9,3 +9,7 @@ class UserError(ValueError):
 
 class EnvironmentFailure(RuntimeError):
     """An environment process died, hung, or answered nonsense. Never the agent's fault."""
+
+
+class LearnerLost(RuntimeError):
+    """A process or machine of the learner is gone, and with it what it learnt since the newest checkpoint."""

@@ -8,6 +8,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from epo.config.acting import AgentConfig, EnvironmentConfig, RolloutConfig, SamplerConfig
+from epo.config.cluster import ClusterConfig
 from epo.config.learning import AlgorithmConfig, EntropyConfig, OptimizerConfig
 from epo.config.model import ImitationConfig, ModelConfig
 from epo.config.section import Section
@@ -36,6 +37,7 @@ class Config(Section):
     record: RecordConfig = RecordConfig()
     logging: LoggingConfig = LoggingConfig()
     health: HealthConfig = HealthConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:

@@ -13,16 +13,12 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from epo.errors import UserError
 from epo.files import new_folder, write_atomically
-from epo.training.learner import Learner
 
 FORMAT = 1
 """Raised whenever an older reader would misunderstand a checkpoint."""
@@ -30,8 +26,18 @@ FORMAT = 1
 _NAME = re.compile(r"step_(\d{6,})")
 
 
+class Kept(Protocol):
+    """What a checkpoint holds of: a learner."""
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Leave everything but the control's state in `folder`, and return that."""
+
+    def read(self, folder: Path, control: dict[str, Any]) -> None:
+        """Take over what `write` left and returned."""
+
+
 def save_checkpoint(
-    folder: Path, learner: Learner, *, step: int, state: dict[str, Any], keep: int, protect: int | None = None
+    folder: Path, learner: Kept, *, step: int, state: dict[str, Any], keep: int, protect: int | None = None
 ) -> Path:
     """Write `folder/step_<step>` atomically, then drop all but the newest `keep` and that of step `protect`.
 
@@ -39,15 +45,12 @@ def save_checkpoint(
     """
     path = folder / f"step_{step:06d}"
     with new_folder(path) as draft:
-        learner.policy.save(draft / "policy")
-        if learner.critic is not None:
-            save_file({k: v.contiguous() for k, v in learner.critic.state_dict().items()}, draft / "critic.safetensors")
-        save_file(_optimizer_tensors(learner.optimizer), draft / "optimizer.safetensors")
+        control = learner.write(draft)
         files = sorted(p for p in draft.rglob("*.safetensors"))
         content = {
             "format": FORMAT,
             "step": step,
-            "control": learner.control.state_dict(),
+            "control": control,
             "state": state,
             "sha256": {p.relative_to(draft).as_posix(): _sha256(p) for p in files},
         }
@@ -95,36 +98,14 @@ def read_state(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_checkpoint(path: Path, learner: Learner) -> dict[str, Any]:
+def load_checkpoint(path: Path, learner: Kept) -> dict[str, Any]:
     """Put a checkpoint into `learner`, whose policy was loaded from `path / "policy"`; returns the trainer's state."""
     content = read_state(path)
     try:
-        if learner.critic is not None:
-            learner.critic.load_state_dict(load_file(path / "critic.safetensors"))
-        _load_optimizer(learner.optimizer, load_file(path / "optimizer.safetensors"))
+        learner.read(path, content["control"])
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:
         raise UserError(f"checkpoint {str(path)!r} does not fit this run ({error})") from None
-    learner.control.load_state_dict(content["control"])
     return dict(content["state"])
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": value.contiguous()
-        for index, entries in state.items()
-        for name, value in entries.items()
-        if isinstance(value, Tensor)
-    }
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    # Groups (parameters, learning rates, betas) come from the configuration; only the moments are restored.
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _sha256(path: Path) -> str:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from epo.config import Config
 from epo.objectives import kl_penalty, trajectory_weights, value_loss
@@ -23,8 +25,10 @@ from epo.seeds import CONTROL_STREAM, SHUFFLE_STREAM
 from epo.training.batch import MicroBatch, TokenData, flatten
 from epo.training.credit import critic_free_advantages, kept_groups, ppo_advantages
 from epo.training.input_dependence import dependence_metrics
+from epo.training.learner_files import read_learner, write_learner
 from epo.training.passes import Passes
 from epo.training.policy import Critic, Policy
+from epo.training.ranks import Ranks
 from epo.training.rescoring import mismatch_metrics, rescored, truncated_importance_weights, weight_metrics
 from epo.training.stopwatch import Stopwatch
 from epo.types import PackedBatch, Trajectory, TrajectoryGroup, Turn
@@ -65,19 +69,27 @@ class Learner:
 
     Args:
         start_policy: what the KL loss refers to, when `policy` is no longer at its starting weights (a resumed run).
+        ranks: the others that this learner shares the work with; none by default.
     """
 
     def __init__(
-        self, policy: Policy, config: Config, control: EntropyControl, *, start_policy: Policy | None = None
+        self,
+        policy: Policy,
+        config: Config,
+        control: EntropyControl,
+        *,
+        start_policy: Policy | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.policy = policy
         self.config = config
         self.control = control
         self.stopwatch = Stopwatch(policy.device)
-        """Seconds of everything below, by phase (`epo.reporting.timetable`)."""
-        self._passes = Passes(config)
+        self.ranks = ranks or Ranks()
+        self._passes = Passes(config, self.ranks)
         self.critic = Critic(policy, config.algorithm.critic) if config.algorithm.name == "ppo" else None
         self.reference = (start_policy or policy).frozen_copy() if config.algorithm.kl_coefficient > 0 else None
+        self.ranks.shard(policy, self.critic, self.reference)
         optimizer = config.optimizer
         groups: list[dict[str, object]] = [{"params": list(policy.parameters()), "lr": optimizer.learning_rate}]
         if self.critic is not None:
@@ -85,6 +97,25 @@ class Learner:
         self.optimizer = torch.optim.AdamW(
             groups, betas=optimizer.betas, weight_decay=optimizer.weight_decay, fused=True
         )
+
+    def seconds(self) -> dict[str, float]:
+        """What everything below took since the last call, by phase (`epo.reporting.timetable`)."""
+        return self.stopwatch.take()
+
+    def reference_digest(self) -> str | None:
+        """Names the weights that the KL loss refers to; None without one."""
+        return None if self.reference is None else self.reference.digest()
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Leave policy, critic and optimiser in `folder`, whole; returns the entropy control's state."""
+        critic, optimizer = self.critic, self.optimizer
+        write_learner(folder, policy=self.policy, critic=critic, optimizer=optimizer, ranks=self.ranks)
+        return self.control.state_dict()
+
+    def read(self, folder: Path, control: dict[str, Any]) -> None:
+        """Take over critic, optimiser and control; the policy was loaded from `folder` already."""
+        read_learner(folder, critic=self.critic, optimizer=self.optimizer, ranks=self.ranks)
+        self.control.load_state_dict(control)
 
     def rescore(self, groups: Sequence[TrajectoryGroup]) -> Sequence[TrajectoryGroup]:
         """The step's groups as `update` wants them: with the learner's log-probabilities and entropies where
@@ -196,18 +227,22 @@ class Learner:
         if self.control.previews:
             with self.stopwatch("forward"):
                 part.marks_N = self._preview(data, part, member_N, step=step, number=number)
-        metrics: dict[str, float] = defaultdict(float)
+        found: dict[str, float] = defaultdict(float)
+        logprobs_N = torch.zeros_like(tokens.old_logprobs_N)
         self.optimizer.zero_grad(set_to_none=True)
-        drawn: list[tuple[Tensor, Tensor]] = []
         for micro in self._passes.micro_batches(data.batch, tokens, rows):
             with self.stopwatch("forward"):
-                loss, logprobs_n = self._loss(data, part, micro, metrics, step=step)
+                loss, logprobs_n = self._loss(data, part, micro, found, step=step)
             with self.stopwatch("backward"):
-                torch.autograd.backward(loss)
-            drawn.append((logprobs_n.detach(), tokens.sampler_logprobs_N[micro.index_n]))
+                torch.autograd.backward(loss * self.ranks.gradient_scale())
+            logprobs_N[micro.index_n] = logprobs_n.detach()
+        metrics = self.ranks.totals(found)
+        logprobs_N = self.ranks.total(logprobs_N)
+        difference_n = logprobs_N[member_N] - tokens.old_logprobs_N[member_N]
+        data.ratio_N[member_N] = difference_n.exp().float()
         if number == 0 and data.importance_N is None:
             # The first mini-batch is the only one in which sampler and learner hold the same weights.
-            data.mismatch |= mismatch_metrics(*(torch.cat(part_n) for part_n in zip(*drawn, strict=True)))
+            data.mismatch |= mismatch_metrics(logprobs_N[member_N], tokens.sampler_logprobs_N[member_N])
         with self.stopwatch("optimizer"):
             self._step(metrics)
         return metrics
@@ -261,6 +296,11 @@ class Learner:
         marks_n = None if part.marks_N is None else part.marks_N[index_n]
         hidden_B_T_D = self._passes.hidden(self.policy, micro)
         logprobs_n, entropy_n = self._passes.statistics(self.policy, hidden_B_T_D, micro)
+        if len(index_n) == 0:  # nothing to learn; the others wait for this rank to take part all the same
+            loss = logprobs_n.sum() + entropy_n.sum()
+            if self.critic is not None:
+                loss = loss + 0.0 * self.critic(hidden_B_T_D, micro.token_ids_B_T, micro.lengths_B).sum()
+            return loss, logprobs_n
         if self.control.nucleus is not None:
             entropy_n = self._passes.nucleus(self.policy, hidden_B_T_D, micro, top_p=self.control.nucleus)
         surrogate = self.control.surrogate(
@@ -290,7 +330,6 @@ class Learner:
         for name, value in entropy.metrics.items():
             metrics[name] += value
         with torch.no_grad():
-            data.ratio_N[index_n] = (logprobs_n - tokens.old_logprobs_N[index_n]).exp().float()
             # Drawn from the old policy (up to the sampler's numerics), they estimate KL(old || new) without bias.
             kl_n = kl_penalty(tokens.old_logprobs_N[index_n], logprobs_n, kind="k3")
             # Metrics are means, whatever the weights of the loss add up to.
@@ -316,19 +355,23 @@ class Learner:
         return loss, logprobs_n
 
     def _step(self, metrics: dict[str, float]) -> None:
-        clip = self.config.optimizer.grad_clip
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), clip)
-        metrics["policy/grad_norm"] += norm.item()
+        norm = self._clip(self.policy.parameters())
+        metrics["policy/grad_norm"] = norm
         # A loss that is not finite can leave a finite gradient: max() passes none on where its arguments are NaN.
-        finite = bool(torch.isfinite(norm)) and math.isfinite(metrics["policy/loss"])
+        finite = math.isfinite(norm) and math.isfinite(metrics["policy/loss"])
         if self.critic is not None:
-            critic_norm = torch.nn.utils.clip_grad_norm_(self.critic.parameters(), clip)
-            metrics["value/grad_norm"] += critic_norm.item()
-            finite = finite and bool(torch.isfinite(critic_norm))
+            critic_norm = self._clip(self.critic.parameters())
+            metrics["value/grad_norm"] = critic_norm
+            finite = finite and math.isfinite(critic_norm)
         if finite:
             self.optimizer.step()
         else:
-            metrics["update/skipped"] += 1.0
+            metrics["update/skipped"] = 1.0
+
+    def _clip(self, parameters: Iterable[nn.Parameter]) -> float:
+        """Scale gradients down to the largest norm allowed; returns the norm they had."""
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.optimizer.grad_clip)
+        return self.ranks.whole(norm).item()
 
     # ---------------------------------------------------------------- numbers to look at
 

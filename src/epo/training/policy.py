@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,14 +149,19 @@ class Policy:
         attention = self.model.config._attn_implementation
         return f"{total:,} parameters, {trained:,} trained, on {self.device}; {types}, attention {attention}"
 
-    def save(self, folder: Path) -> None:
-        """Write a Hugging Face model directory (safetensors) that any tool can load, or with adapters, one of peft."""
+    def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Write a Hugging Face model directory (safetensors) that any tool can load, or with adapters, one of peft.
+
+        Args:
+            weights: the model's, by name, where the model itself holds parts of them only.
+        """
         if self.adapters is not None:
             if self.adapter is None:
                 raise ValueError("a policy without its adapter is the base model, which is saved already")
             self.adapters.save(folder, self.adapter)
         else:
-            self.model.save_pretrained(folder, safe_serialization=True)
+            state = None if weights is None else dict(weights)
+            self.model.save_pretrained(folder, state_dict=state, safe_serialization=True)
         self.tokenizer.save_pretrained(folder)
 
     def digest(self) -> str:
