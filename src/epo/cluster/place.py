@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
-import tempfile
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from epo.config import Config
@@ -81,20 +80,29 @@ class RayCluster:
     def parts(self, policy: Policy, start: Policy | None, run: RunFolder) -> Iterator[Parts]:
         from epo.cluster.events import EventLog
         from epo.cluster.rollouts import ClusterCollector
-        from epo.cluster.weights import publisher, read_files
+        from epo.cluster.weights import policy_files, publisher
 
-        config = self._config
+        config, cluster = self._config, self._config.cluster
         events = EventLog(run.path / "cluster.jsonl", self._observer.note)
-        with tempfile.TemporaryDirectory() as folder:
-            policy.save(Path(folder))
-            model = read_files(Path(folder))
-        learner = Learner(policy, config, control_of(config), start_policy=start)
-        workers = config.cluster.workers
-        self._observer.begin(f"start {workers} rollout workers", workers)
-        with closing(ClusterCollector(config, model=model, weights=publisher(policy), events=events)) as collector:
-            yield Parts(learner, collector, f"{config.sampler.name}, in {workers} rollout workers")
+        model = policy_files(policy)
+        with ExitStack() as stack:
+            if cluster.learners:
+                from epo.cluster.learner_group import LearnerGroup
+
+                self._observer.begin(f"start {cluster.learners} learner ranks", cluster.learners)
+                first = policy_files(start) if start not in (None, policy) and config.algorithm.kl_coefficient else None
+                learner = stack.enter_context(closing(LearnerGroup(config, model=model, start=first, events=events)))
+                weights = learner.weights
+            else:
+                learner = Learner(policy, config, control_of(config), start_policy=start)
+                weights = publisher(policy)
+            self._observer.begin(f"start {cluster.workers} rollout workers", cluster.workers)
+            collector = ClusterCollector(config, model=model, weights=weights, events=events)
+            stack.enter_context(closing(collector))
+            yield Parts(learner, collector, f"{config.sampler.name}, in {cluster.workers} rollout workers")
 
 
 def _cpus(config: Config) -> int:
     """What all actors of a run ask for, rounded up."""
-    return -int(-config.cluster.workers * config.cluster.worker_cpus // 1)
+    cluster = config.cluster
+    return math.ceil(cluster.workers * cluster.worker_cpus + cluster.learners * cluster.learner_cpus)

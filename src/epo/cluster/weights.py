@@ -5,6 +5,7 @@ With adapters only the adapter travels; everybody has the base.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,13 @@ def publisher(policy: Policy) -> Callable[[], Weights]:
         return newest[0]
 
     return publish
+
+
+def policy_files(policy: Policy) -> Files:
+    """What `load_policy` needs of `policy` as it is at the moment."""
+    with tempfile.TemporaryDirectory() as folder:
+        policy.save(Path(folder))
+        return read_files(Path(folder))
 
 
 def read_files(folder: Path) -> Files:

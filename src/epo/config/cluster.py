@@ -18,6 +18,15 @@ class ClusterConfig(Section):
     """Cores that Ray sets aside for a worker; also its threads, unless `model.threads` says so."""
     worker_gpus: float = Field(default=0.0, ge=0)
     """GPUs that Ray sets aside for a worker."""
+    learners: int = Field(default=0, ge=0)
+    """Ranks of the learner group, started by Ray Train, which share the passes, the weights and the optimiser (torch
+    FSDP2). 0: the learner is in the process that was started by hand, and whole."""
+    learner_cpus: float = Field(default=1.0, gt=0)
+    """Cores that Ray sets aside for a rank; also its threads, unless `model.threads` says so."""
+    learner_gpus: float = Field(default=0.0, ge=0)
+    """GPUs that Ray sets aside for a rank; above 0 the ranks talk through NCCL, else gloo."""
+    learner_seconds: float = Field(default=600.0, gt=0)
+    """How long ranks wait for one another before the group counts as lost."""
     episode_seconds: float = Field(default=1800.0, gt=0)
     """Deadline of an episode. One that is over it at the end of a turn is lost to an environment error; a worker from
     which nothing is heard for twice as long is replaced. The deadline of a turn is `environment.timeout_seconds`."""

@@ -89,6 +89,7 @@ class Learner:
         self._passes = Passes(config, self.ranks)
         self.critic = Critic(policy, config.algorithm.critic) if config.algorithm.name == "ppo" else None
         self.reference = (start_policy or policy).frozen_copy() if config.algorithm.kl_coefficient > 0 else None
+        self._reference_digest = None if self.reference is None else self.reference.digest()
         self.ranks.shard(policy, self.critic, self.reference)
         optimizer = config.optimizer
         groups: list[dict[str, object]] = [{"params": list(policy.parameters()), "lr": optimizer.learning_rate}]
@@ -104,7 +105,7 @@ class Learner:
 
     def reference_digest(self) -> str | None:
         """Names the weights that the KL loss refers to; None without one."""
-        return None if self.reference is None else self.reference.digest()
+        return self._reference_digest
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Leave policy, critic and optimiser in `folder`, whole; returns the entropy control's state."""

@@ -18,9 +18,7 @@ Optimizer = torch.optim.Optimizer
 def write_learner(folder: Path, *, policy: Policy, critic: Critic | None, optimizer: Optimizer, ranks: Ranks) -> None:
     """Leave `policy/`, `critic.safetensors` and `optimizer.safetensors` in `folder`. All ranks must call it; one
     writes."""
-    weights = None
-    if ranks.size > 1:
-        weights = {name: ranks.whole(tensor) for name, tensor in policy.model.named_parameters()}
+    weights = ranks.policy_weights(policy)
     critic_tensors = {} if critic is None else _whole(critic.state_dict(), ranks)
     optimizer_tensors = _whole(_optimizer_tensors(optimizer), ranks)
     if not ranks.writes:

@@ -79,11 +79,17 @@ class Policy:
         self.folder: Path | None = None
         """Where it was loaded from."""
         self._rounded_head: dict[tuple[int, int], Tensor] = {}
+        self._trunk: nn.Module | None = None
 
     @property
     def trunk(self) -> nn.Module:
-        """The model without its head: token ids to hidden states. With adapters, the trained policy's."""
-        return self.model.base_model
+        """The model without its head: token ids to hidden states. With adapters, the trained policy's. May be set to a
+        module that computes the same by other means."""
+        return self.model.base_model if self._trunk is None else self._trunk
+
+    @trunk.setter
+    def trunk(self, trunk: nn.Module) -> None:
+        self._trunk = trunk
 
     @property
     def head_weight_V_D(self) -> Tensor:

@@ -46,6 +46,10 @@ class Ranks:
     def shard(self, policy: Policy, critic: Critic | None, reference: Policy | None) -> None:
         """Spread the weights over the ranks, before the optimiser is made."""
 
+    def policy_weights(self, policy: Policy) -> dict[str, Tensor] | None:
+        """All weights of its model by name, whole; None where the model has them whole itself. All ranks must ask."""
+        return None
+
     def whole(self, tensor: Tensor) -> Tensor:
         """A tensor of which every rank may hold a part, as a whole. All ranks must ask."""
         return tensor
