@@ -8,7 +8,7 @@ Legend: N trained tokens of the step.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,12 +57,9 @@ class ShardedRanks(Ranks):
     def totals(self, metrics: Mapping[str, float]) -> dict[str, float]:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, dict(metrics))
-        summed: Counter[str] = Counter()
+        summed: dict[str, float] = defaultdict(float)
         for part in found:
-            for (
-                name,
-                value,
-            ) in part.items():  # not `update`, which is for whole numbers, nor `+`, which drops those <= 0
+            for name, value in part.items():
                 summed[name] += value
         return dict(summed)
 
