@@ -63,8 +63,7 @@ class LearnerGroup:
             scaling_config=ScalingConfig(
                 num_workers=cluster.learners,
                 use_gpu=is_on_gpu,
-                resources_per_worker={"CPU": cluster.learner_cpus}
-                | ({"GPU": cluster.learner_gpus} if is_on_gpu else {}),
+                resources_per_worker=resources,
                 placement_strategy="SPREAD",
             ),
             torch_config=TorchConfig(backend="nccl" if is_on_gpu else "gloo", timeout_s=int(self._limit)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from importlib.util import find_spec
@@ -17,6 +18,8 @@ from epo.training.policy import Policy
 from epo.training.run_folder import RunFolder
 from epo.training.session import Parts
 from epo.training.trainer import Observer, control_of
+
+_ANSWER_SECONDS = 10.0
 
 
 def require_ray() -> None:
@@ -43,23 +46,25 @@ class RayCluster:
             UserError: there is no cluster at that address.
         """
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        import ray
-
         options: dict[str, Any] = {}
         if address == "local":
-            options["_node_ip_address"] = "127.0.0.1"
+            # Read when Ray is imported: without it every server listens on all of the machine's addresses. The name is
+            # from where it is the default.
+            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+            # Ray's workers would yield to everything else on the machine (19 is lowest, 15 its default).
+            os.environ.setdefault("RAY_worker_niceness", "0")
             options["include_dashboard"] = False
             options["num_cpus"] = max(os.cpu_count() or 1, _cpus(config))  # shared where there are fewer cores
             if config.cluster.object_store_mb is not None:
                 options["object_store_memory"] = config.cluster.object_store_mb * 1_000_000
+        else:
+            _require_answer(address)
+        import ray
+
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"--cluster {address}: no Ray cluster answers there ({reason}): give the address that `ray start "
-                "--head` printed, such as 10.0.0.1:6379, or `local`"
-            ) from None
+            raise _no_cluster(address, error) from None
         try:
             yield cls(config, address, observer)
         finally:
@@ -100,6 +105,25 @@ class RayCluster:
             collector = ClusterCollector(config, model=model, weights=weights, events=events)
             stack.enter_context(closing(collector))
             yield Parts(learner, collector, f"{config.sampler.name}, in {cluster.workers} rollout workers")
+
+
+def _require_answer(address: str) -> None:
+    """Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise _no_cluster(address, ValueError("not of the form HOST:PORT"))
+    try:
+        socket.create_connection((host, int(port)), timeout=_ANSWER_SECONDS).close()
+    except OSError as error:
+        raise _no_cluster(address, error) from None
+
+
+def _no_cluster(address: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    return UserError(
+        f"--cluster {address}: no Ray cluster answers there ({reason}): give the address that `ray start --head` "
+        "printed, such as 10.0.0.1:6379, or `local`"
+    )
 
 
 def _cpus(config: Config) -> int:

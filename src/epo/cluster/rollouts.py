@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayError, RayTaskError
 
 from epo.cluster.events import EventLog
 from epo.cluster.rollout_worker import RolloutWorker
 from epo.cluster.weights import Files, Weights
 from epo.config import Config
 from epo.environments.registry import resolve_suite
-from epo.errors import UserError
+from epo.errors import LearnerLost, UserError
 from epo.rollout import EpisodeSpec, RolloutTiming
 from epo.types import StopReason, Trajectory
 
@@ -91,6 +91,7 @@ class ClusterCollector:
 
         Raises:
             UserError: an environment or sampler refuses its settings, or no worker can be had any more.
+            LearnerLost: the weights to play with are gone.
         """
         start, weights = time.perf_counter(), self._weights()
         found: dict[int, Trajectory] = {}
@@ -182,6 +183,8 @@ class ClusterCollector:
             except RayTaskError as error:
                 if isinstance(error.cause, UserError):
                     raise UserError(str(error.cause)) from None
+                if isinstance(error.cause, ObjectLostError):  # the process that owned the weights is gone
+                    raise LearnerLost(f"the weights are lost with the learner ({_line(error.cause)})") from None
                 if not isinstance(error.cause, RayError):
                     raise
                 reason = _line(error.cause)

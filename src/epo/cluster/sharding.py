@@ -8,6 +8,7 @@ Legend: N trained tokens of the step.
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -68,6 +69,8 @@ class ShardedRanks(Ranks):
             if sharded is not None:
                 sharded.trunk = self._shard_model(sharded.model)
         if critic is not None:
+            # Its values are a view, which nobody changes in place.
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
             if critic.trunk is not None:
                 self._shard_blocks(critic.trunk, policy.model)
             fully_shard(critic, mesh=self._mesh)

@@ -76,8 +76,8 @@ class Config(Section):
             )
         if self.cluster.learners and self.model.lora.rank:
             raise ValueError(
-                "cluster.learners shards all weights of a model, not adapters: set it to 0, where the learner is whole, "
-                "or model.lora.rank to 0"
+                "cluster.learners shards all weights of a model, not adapters: set it to 0, where the learner is "
+                "whole, or model.lora.rank to 0"
             )
         if self.entropy.options().get("max_turns", 0) is None:
             self.entropy.__pydantic_extra__ = self.entropy.options() | {"max_turns": self.environment.max_turns}
