@@ -69,6 +69,7 @@ def two_nodes() -> Iterator[str]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # on the loopback
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - not below everything else here
+    os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # noqa: SIM112 - what others here need is not for Ray to judge
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": 4, "object_store_memory": 100_000_000, "include_dashboard": False}
