@@ -16,8 +16,8 @@ from epo.cluster.sharding import ShardedRanks
 from epo.cluster.weights import Files, Weights, packed, read_files, trained_tensors, write_files
 from epo.config import Config
 from epo.training.learner import Learner
+from epo.training.model_directory import quiet_libraries
 from epo.training.policy import load_policy
-from epo.training.session import quiet_libraries
 from epo.training.trainer import control_of
 from epo.types import FloatArray, TrajectoryGroup
 

@@ -18,8 +18,8 @@ from epo.environments.pool import EnvPool
 from epo.environments.registry import register_suite
 from epo.rollout import EpisodeSpec
 from epo.sampling.base import Sampler
+from epo.training.model_directory import quiet_libraries
 from epo.training.policy import Policy, load_policy
-from epo.training.session import quiet_libraries
 from epo.training.trainer import make_collector, make_sampler
 from epo.types import Trajectory
 

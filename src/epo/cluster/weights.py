@@ -47,19 +47,28 @@ def packed(tensors: Mapping[str, Tensor]) -> NDArray[np.uint8]:
     return np.frombuffer(data, dtype=np.uint8)
 
 
-@torch.no_grad()
 def load_weights(policy: Policy, weights: Weights) -> None:
     """Make `policy` what it is at that version."""
-    tensors = load(ray.get(weights.data).tobytes())
+    unpack(ray.get(weights.data), policy)
+    policy.version = weights.version
+
+
+@torch.no_grad()
+def unpack(data: NDArray[np.uint8], policy: Policy) -> None:
+    """Overwrite what an update changes with what `packed` made of another policy like this one.
+
+    Raises:
+        ValueError: other weights than this policy's.
+    """
+    tensors = load(data.tobytes())
     if policy.adapters is not None:
         policy.adapters.load(POLICY, tensors)
-    else:
-        own = trained_tensors(policy)
-        if own.keys() != tensors.keys():
-            raise ValueError(f"other weights, {min(own.keys() ^ tensors.keys())} for one")
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
-    policy.version = weights.version
+        return
+    own = trained_tensors(policy)
+    if own.keys() != tensors.keys():
+        raise ValueError(f"other weights, {min(own.keys() ^ tensors.keys())} for one")
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
 
 
 def publisher(policy: Policy) -> Callable[[], Weights]:

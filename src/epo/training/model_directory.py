@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from epo.config import ModelConfig
 from epo.errors import UserError
@@ -142,3 +143,9 @@ def _unchanging_positions(config: Any) -> int | None:
         if kind.get("rope_type") in ("dynamic", "longrope")
     ]
     return min(limits, default=None)
+
+
+def quiet_libraries() -> None:
+    """Progress bars and advice of the model library do not belong between our lines."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

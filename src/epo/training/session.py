@@ -17,7 +17,6 @@ from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from epo.agent.prompts import Prompt
 from epo.config import Config, ModelConfig
@@ -37,6 +36,7 @@ from epo.training.checkpoint import checkpoints, read_state
 from epo.training.demonstrations import collect_demonstrations
 from epo.training.imitation import warm_started_policy
 from epo.training.learner import Learner
+from epo.training.model_directory import quiet_libraries
 from epo.training.policy import Policy, load_policy, resumed_policy
 from epo.training.run_folder import RunFolder
 from epo.training.trainer import Observer, StepLearner, Trainer, control_of, make_collector, make_sampler
@@ -248,12 +248,6 @@ def use_threads(config: ModelConfig) -> None:
     """Set the CPU threads of this process's tensor computations, for good."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-
-
-def quiet_libraries() -> None:
-    """Progress bars and advice of the model library do not belong between our lines."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
 
 
 def _reopen(path: Path, config: Config) -> tuple[RunFolder, Path | None]:
