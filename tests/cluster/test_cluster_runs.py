@@ -19,7 +19,7 @@ from epo.errors import UserError
 from epo.training.session import train_run
 
 MakeConfig = Callable[..., Config]
-ROUNDING = 2e-5
+ROUNDING = 5e-5
 """fp32 sums in other orders, three steps of Adam on weights of the order of 1. A wrong weight of a gradient moves
 parameters by the learning rate, 1e-3."""
 

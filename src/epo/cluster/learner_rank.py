@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 import torch
+from ray.train import get_context
 
 from epo.cluster.sharding import ShardedRanks
 from epo.cluster.weights import Files, Weights, packed, read_files, trained_tensors, write_files
@@ -118,7 +119,7 @@ class LearnerRank:
 def work(settings: RankSettings) -> None:
     """The training function of every rank, as Ray Train calls it."""
     rank = LearnerRank(settings)
-    is_first = ray.train.get_context().get_world_rank() == 0
+    is_first = get_context().get_world_rank() == 0
     number = 0
     while True:
         method, arguments = ray.get(settings.mailbox.take.remote(number))

@@ -54,8 +54,10 @@ class RolloutWorker:
         future: asyncio.Future[Trajectory] = loop.create_future()
 
         def answer(found: Trajectory | BaseException) -> None:
-            set_it = future.set_exception if isinstance(found, BaseException) else future.set_result
-            loop.call_soon_threadsafe(set_it, found)
+            if isinstance(found, BaseException):
+                loop.call_soon_threadsafe(future.set_exception, found)
+            else:
+                loop.call_soon_threadsafe(future.set_result, found)
 
         self._inbox.put(
             Job(spec=spec, temperature=temperature, alternatives=alternatives, weights=weights, answer=answer)

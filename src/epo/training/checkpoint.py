@@ -31,6 +31,7 @@ class Kept(Protocol):
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Leave everything but the control's state in `folder`, and return that."""
+        ...
 
     def read(self, folder: Path, control: dict[str, Any]) -> None:
         """Take over what `write` left and returned."""
