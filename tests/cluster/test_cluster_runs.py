@@ -110,7 +110,7 @@ def test_a_killed_learner_rank_costs_the_steps_since_the_checkpoint(
     assert any("learner group is lost" in note and "step_000001" in note for note in watcher.notes)
     assert [event["event"] for event in lines_of(run / "cluster.jsonl")] == ["learner_lost"]
     mine, single = (lines_of(folder / "metrics.jsonl") for folder in (run, alone))
-    for name in ("policy/loss", "policy/grad_norm", "value/loss", "entropy/reference", "policy/kl", "rows"):
+    for name in ("policy/loss", "policy/grad_norm", "value/loss", "entropy/mean", "policy/kl", "rows"):
         assert [m[name] for m in mine] == pytest.approx([m[name] for m in single], rel=1e-3, abs=1e-5), name
 
 
