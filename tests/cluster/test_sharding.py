@@ -29,17 +29,16 @@ BASE = (
 )  # fmt: skip
 VARIANTS = {
     "ppo-epo": ("entropy.method=epo",),
-    "ppo-separate": ("algorithm.critic.trunk=separate", "optimizer.epochs=2"),
+    "ppo-separate": ("algorithm.critic.trunk=separate",),
     "grpo-kl-clip-cov": ("algorithm.name=grpo", "algorithm.kl_coefficient=0.1", "entropy.method=clip_cov"),
     "rescored": ("sampler.old_logprobs=learner", "entropy.method=bonus"),
 }
 RANKS = 2
-ROUNDING = 0.02
-"""Largest difference of gradients' moments, as a share of the largest moment. A wrong weight of a rank is off by a third
-or more."""
+ROUNDING = 0.05
+"""Largest difference of the gradients' moments, as a share of the largest. A wrong weight of a rank is a third or more."""
 DRIFT = 2e-5
-"""Mean difference of parameters. Adam takes a step of the learning rate, 1e-3, also along gradients that are nothing but
-rounding, so single parameters may differ by that."""
+"""Mean difference of parameters. Adam takes a step of the learning rate, 1e-3, along gradients that are nothing but
+rounding, too, so single parameters may differ by that."""
 
 
 def steps(learner: Learner, count: range) -> list[dict[str, float]]:
