@@ -35,7 +35,7 @@ VARIANTS = {
 }
 RANKS = 2
 ROUNDING = 0.05
-"""Largest difference of the gradients' moments, as a share of the largest. A wrong weight of a rank is a third or more."""
+"""Largest difference of the gradients' moments, as a share of the largest. A wrong weight is a third or more."""
 DRIFT = 2e-5
 """Mean difference of parameters. Adam takes a step of the learning rate, 1e-3, along gradients that are nothing but
 rounding, too, so single parameters may differ by that."""
@@ -51,7 +51,9 @@ def steps(learner: Learner, count: range) -> list[dict[str, float]]:
         data = learner.rescore(data)
         metrics = learner.input_dependence(data, step=step) | learner.update(data, step=step)
         turns = [turn for group in data for t in group.trajectories for turn in t.turns if turn.ratios is not None]
-        found.append(metrics | {"noted": sum(float(turn.ratios.sum() + turn.advantages.sum()) for turn in turns)})
+        found.append(
+            metrics | {"noted": sum(float(turn.ratios.sum() + np.abs(turn.advantages).sum()) for turn in turns)}
+        )
     return found
 
 
