@@ -30,7 +30,7 @@ BASE = (
 VARIANTS = {
     "ppo-epo": ("entropy.method=epo",),
     "ppo-separate": ("algorithm.critic.trunk=separate",),
-    "grpo-kl-clip-cov": ("algorithm.name=grpo", "algorithm.kl_coefficient=0.1", "entropy.method=clip_cov"),
+    "grpo-kl": ("algorithm.name=grpo", "algorithm.kl_coefficient=0.1"),
     "rescored": ("sampler.old_logprobs=learner", "entropy.method=bonus"),
 }
 RANKS = 2
