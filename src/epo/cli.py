@@ -70,7 +70,8 @@ def _options(
     "    epo train scienceworld-ppo-epo\n\n"
     "    epo train scienceworld-ppo-epo seed=1 steps=50 --name try1\n\n"
     "    epo train scienceworld-ppo-epo seed=1 steps=50 --name try1 --resume\n\n"
-    "    epo train my-recipe.yaml --dry-run\n"
+    "    epo train my-recipe.yaml --dry-run\n\n"
+    "    epo train my-recipe.yaml --cluster local cluster.workers=4 cluster.learners=2\n"
 )
 def train(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe, or path of a .yaml file.")],
@@ -78,6 +79,10 @@ def train(
     name: Annotated[str | None, typer.Option(help="Name of the run folder; default: the recipe's name.")] = None,
     runs: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run of this name.")] = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option(metavar="local|ADDRESS", help="Run on Ray: a cluster of this machine, or that of an address."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -96,7 +101,7 @@ def train(
 
     try:
         with ConsoleObserver(config.steps, stderr) as observer:
-            summary = train_run(config, path, observer, resume=resume)
+            summary = train_run(config, path, observer, resume=resume, cluster=cluster)
     except KeyboardInterrupt:
         rest = "; --resume goes on from the last checkpoint" if path.exists() else " before anything was recorded"
         stderr.print(f"interrupted{rest}", highlight=False)

@@ -1,4 +1,4 @@
-"""The errors that users see. Everything else is a bug or a lost worker."""
+"""The errors that users see. Everything else is a bug or something that was lost."""
 
 from __future__ import annotations
 
@@ -16,3 +16,7 @@ class StorageError(OSError):
 
     def __str__(self) -> str:
         return str(self.strerror)
+
+
+class LearnerLost(RuntimeError):
+    """A process or machine of the learner is gone, and with it what it learnt since the newest checkpoint."""

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -45,10 +46,31 @@ class RolloutTiming:
     """Part of `sampling`; 0 for a sampler that does not tell."""
     decode: float = 0.0
     """Part of `sampling`; 0 for a sampler that does not tell."""
+    workers: float = 0.0
+    """Waiting for rollout workers elsewhere, which do the above without being asked for it."""
+
+
+class Collector(Protocol):
+    """Plays episodes with the current policy (`RolloutCollector` has the meanings)."""
+
+    timing: RolloutTiming
+    max_context: int
+    max_response: int
+
+    def collect(
+        self,
+        specs: Sequence[EpisodeSpec],
+        *,
+        temperature: float,
+        alternatives: int = 0,
+        on_done: Callable[[Trajectory], None] | None = None,
+    ) -> list[Trajectory]: ...
 
 
 @dataclass(kw_only=True, slots=True)
-class _Episode:
+class Episode:
+    """One that is being played."""
+
     number: int
     context: Context
     trajectory: Trajectory
@@ -125,13 +147,11 @@ class RolloutCollector:
         self.timing = RolloutTiming()
         finished: dict[int, Trajectory] = {}
         waiting = deque(enumerate(specs))
-        live: dict[int, _Episode] = {}
+        live: dict[int, Episode] = {}
 
         def finish(slot: int) -> None:
             episode = live.pop(slot)
-            self._sampler.release(episode.number)
-            episode.trajectory.restarts = self._pool.restarts(slot)
-            finished[episode.number] = episode.trajectory
+            finished[episode.number] = self._leave(slot, episode)
             if on_done is not None:
                 on_done(episode.trajectory)
 
@@ -146,8 +166,8 @@ class RolloutCollector:
                     self._act(slot, live[slot], completion)
         return [finished[number] for number in range(len(specs))]
 
-    def _begin(self, slot: int, number: int, spec: EpisodeSpec) -> _Episode:
-        return _Episode(
+    def _begin(self, slot: int, number: int, spec: EpisodeSpec) -> Episode:
+        return Episode(
             number=number,
             context=self._make_context(),
             trajectory=Trajectory(task=spec.task),
@@ -155,7 +175,13 @@ class RolloutCollector:
             pending=self._pool.submit_reset(slot, spec.task),
         )
 
-    def _receive(self, live: dict[int, _Episode]) -> list[int]:
+    def _leave(self, slot: int, episode: Episode) -> Trajectory:
+        """The episode is over; its slot is free."""
+        self._sampler.release(episode.number)
+        episode.trajectory.restarts = self._pool.restarts(slot)
+        return episode.trajectory
+
+    def _receive(self, live: dict[int, Episode]) -> list[int]:
         """Take in what the environments answered; returns the slots whose episode is over."""
         start = time.perf_counter()
         slots = sorted(live)
@@ -163,7 +189,7 @@ class RolloutCollector:
         self.timing.environment += time.perf_counter() - start
         return [slot for slot, answer in zip(slots, answers, strict=True) if self._ends(live[slot], answer)]
 
-    def _ends(self, episode: _Episode, answer: Observation | Step | EnvironmentFailure) -> bool:
+    def _ends(self, episode: Episode, answer: Observation | Step | EnvironmentFailure) -> bool:
         trajectory = episode.trajectory
         if isinstance(answer, EnvironmentFailure):
             trajectory.stop_reason, trajectory.error = StopReason.ENVIRONMENT_ERROR, str(answer)
@@ -202,7 +228,7 @@ class RolloutCollector:
         return False
 
     def _respond(
-        self, live: dict[int, _Episode], *, temperature: float, alternatives: int
+        self, live: dict[int, Episode], *, temperature: float, alternatives: int
     ) -> list[tuple[int, Completion]]:
         start, prefill, decode = time.perf_counter(), self._sampler.prefill_seconds, self._sampler.decode_seconds
         slots = sorted(live)
@@ -218,7 +244,7 @@ class RolloutCollector:
         self.timing.decode += self._sampler.decode_seconds - decode
         return list(zip(slots, completions, strict=True))
 
-    def _act(self, slot: int, episode: _Episode, completion: Completion) -> None:
+    def _act(self, slot: int, episode: Episode, completion: Completion) -> None:
         assert episode.observation is not None
         response_ids = completion.response_ids.tolist()
         text = self._chat.decode(response_ids)
@@ -237,6 +263,7 @@ class RolloutCollector:
                 penalty=0.0 if parsed.is_valid else self._config.invalid_action_penalty,
                 dropped_turns=episode.context.dropped_turns,
                 drifted=self._chat.drifts(response_ids),
+                policy_version=completion.policy_version,
             )
         )
         episode.pending = self._pool.submit_step(slot, parsed.action)

@@ -134,6 +134,8 @@ class Turn:
     """Earlier turns that `prompt_ids` leaves out for lack of room (`agent.overflow`)."""
     drifted: bool = False
     """Encoding the text of `response_ids` again gives other ids. For information: nothing here is encoded again."""
+    policy_version: int = 0
+    """Of the weights that drew `response_ids` (`Policy.version`)."""
 
     @property
     def reward(self) -> float:
@@ -156,7 +158,8 @@ class Trajectory:
     """What the environment said when it failed, for `StopReason.ENVIRONMENT_ERROR`; which prompt found no room, for
     `StopReason.CONTEXT_OVERFLOW`."""
     restarts: int = 0
-    """How often the environment died and the episode was replayed into a new one."""
+    """How often the environment died and the episode was replayed into a new one, or its rollout worker was lost and it
+    was played anew elsewhere."""
 
     @property
     def total_reward(self) -> float:

@@ -10,7 +10,6 @@ import pytest
 from epo.config import Config
 from epo.environments import register_suite
 from epo.recipe import load_config
-from epo.training.policy import Policy
 
 register_suite("failing", "failing_suite:FailingSuite")
 
@@ -58,17 +57,5 @@ def minute_config() -> Callable[..., Config]:
 
     def make(*overrides: str) -> Config:
         return load_config("base", [*MINUTE_RUN, *overrides])
-
-    return make
-
-
-@pytest.fixture
-def make_sharp_policy(make_policy: Callable[..., Policy]) -> Callable[..., Policy]:
-    """`make_sharp_policy(seed=0)`: gentle weights, for tight tolerances, yet visible preferences."""
-
-    def make(*, seed: int = 0) -> Policy:
-        policy = make_policy(seed=seed, lively=False)
-        policy.head_weight_V_D.data.mul_(20.0)
-        return policy
 
     return make

@@ -9,7 +9,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from made_up import groups, trajectory
 from torch import Tensor
 
 from epo.config import AlgorithmConfig, Config
@@ -20,6 +19,7 @@ from epo.training.credit import critic_free_advantages, kept_groups, ppo_advanta
 from epo.training.learner import Learner
 from epo.training.policy import Policy
 from epo.types import StopReason, Trajectory, TrajectoryGroup
+from made_up import groups, trajectory
 
 MakePolicy = Callable[..., Policy]
 MakeConfig = Callable[..., Config]

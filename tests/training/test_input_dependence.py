@@ -9,7 +9,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from made_up import groups, trajectory
 from torch import Tensor
 
 from epo.config import Config
@@ -17,6 +16,7 @@ from epo.training.input_dependence import cross_scores, dependence, dependence_m
 from epo.training.passes import Passes
 from epo.training.policy import Policy
 from epo.types import TrajectoryGroup, Turn
+from made_up import groups, trajectory
 
 
 def turns(*prompts: list[int], responses: list[list[int]]) -> list[Turn]:

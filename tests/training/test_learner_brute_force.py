@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from made_up import groups
 from torch import Tensor
 
 from epo.config import Config
@@ -19,6 +18,7 @@ from epo.objectives import make_control
 from epo.training.learner import Learner
 from epo.training.policy import Policy
 from epo.types import StopReason, Trajectory, TrajectoryGroup
+from made_up import groups
 
 TEMPERATURE = 1.3
 REFERENCE = 0.7  # about the median entropy of the policy below: tokens lie on both sides of the corridor

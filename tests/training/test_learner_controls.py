@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
-from made_up import groups, trajectory
 from torch import Tensor
 
 from epo.config import Config
@@ -16,6 +15,7 @@ from epo.objectives import make_control
 from epo.training.learner import Learner, _minibatches
 from epo.training.policy import Policy
 from epo.types import StopReason, TrajectoryGroup
+from made_up import groups, trajectory
 
 ALGORITHMS = {
     "ppo": ("algorithm.name=ppo",),

@@ -7,13 +7,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from made_up import groups
 from torch import Tensor
 
 from epo.config import Config
 from epo.objectives import METHODS, EntropyControl, Surrogate, clipped_surrogate, make_control
 from epo.training.learner import Learner
 from epo.training.policy import Policy
+from made_up import groups
 
 MakePolicy = Callable[..., Policy]
 MakeConfig = Callable[..., Config]

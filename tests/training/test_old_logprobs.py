@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from made_up import groups
 from quiet import QuietObserver
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from epo.training.policy import Policy
 from epo.training.rescoring import truncated_importance_weights
 from epo.training.session import train_run
 from epo.types import TrajectoryGroup, Turn
+from made_up import groups
 
 MakePolicy = Callable[..., Policy]
 MakeConfig = Callable[..., Config]

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from made_up import groups
 
 from epo.config import Config, ModelConfig
 from epo.errors import UserError
@@ -17,6 +16,7 @@ from epo.objectives import make_control
 from epo.training.hardware import resolve_attention, resolve_compute
 from epo.training.learner import Learner
 from epo.training.policy import Policy
+from made_up import groups
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 IDS = torch.randint(3, 300, (3, 17), generator=torch.Generator().manual_seed(7))

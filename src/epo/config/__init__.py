@@ -1,6 +1,7 @@
 """What a run is: one tree of pydantic models. `epo.recipe` reads it from YAML."""
 
 from epo.config.acting import AgentConfig, EnvironmentConfig, RolloutConfig, SamplerConfig
+from epo.config.cluster import ClusterConfig
 from epo.config.learning import AlgorithmConfig, CriticConfig, EntropyConfig, OptimizerConfig, options_model
 from epo.config.model import ImitationConfig, LoraConfig, ModelConfig, TinyModelConfig
 from epo.config.run import Config
@@ -11,6 +12,7 @@ __all__ = [
     "AgentConfig",
     "AlgorithmConfig",
     "CheckpointConfig",
+    "ClusterConfig",
     "Config",
     "CriticConfig",
     "EntropyConfig",

@@ -8,6 +8,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from epo.config.acting import AgentConfig, EnvironmentConfig, RolloutConfig, SamplerConfig
+from epo.config.cluster import ClusterConfig
 from epo.config.learning import AlgorithmConfig, EntropyConfig, OptimizerConfig
 from epo.config.model import ImitationConfig, ModelConfig
 from epo.config.section import FOLDER_NAME, Section
@@ -36,6 +37,7 @@ class Config(Section):
     record: RecordConfig = RecordConfig()
     logging: LoggingConfig = LoggingConfig()
     health: HealthConfig = HealthConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
@@ -71,6 +73,11 @@ class Config(Section):
             raise ValueError(
                 "sampler.old_logprobs=sampler needs the entropy of every drawn token, which sampler.name=vllm does not "
                 "deliver: set sampler.old_logprobs to learner or auto"
+            )
+        if self.cluster.learners and self.model.lora.rank:
+            raise ValueError(
+                "cluster.learners shards all weights of a model, not adapters: set it to 0, where the learner is "
+                "whole, or model.lora.rank to 0"
             )
         if self.entropy.options().get("max_turns", 0) is None:
             self.entropy.__pydantic_extra__ = self.entropy.options() | {"max_turns": self.environment.max_turns}

@@ -17,6 +17,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import wait as wait_readable
+from socket import socket
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
@@ -161,6 +162,21 @@ class EnvPool:
             self._pump()
         return _results([slot.take() for slot in slots])
 
+    def ready(
+        self, pending: Sequence[Pending[Reply]], *, block: bool, wake: socket | None = None
+    ) -> list[Pending[Reply]]:
+        """Those of the submitted calls that `gather` would answer at once.
+
+        Args:
+            block: wait for the first of them.
+            wake: ends the wait as soon as there is something to read from it.
+        """
+        self._pump(0.0)
+        while not (answered := [call for call in pending if self._slots[call.slot].has_outcome]):
+            if not block or not pending or self._pump(wake=wake):
+                break
+        return answered
+
     def wait(self, pending: Pending[Reply]) -> Reply | EnvironmentFailure:
         """`gather` for one call."""
         return self.gather([pending])[0]
@@ -277,15 +293,18 @@ class EnvPool:
         self._slots[slot].submit(request)
         return self._slots[slot].number
 
-    def _pump(self) -> None:
-        """Wait until a busy slot has news or misses its deadline, and let it act."""
+    def _pump(self, seconds: float | None = None, *, wake: socket | None = None) -> bool:
+        """Wait until a busy slot has news or misses its deadline, and let it act. `seconds` at most, and no longer than
+        `wake` has nothing to read; whether that has."""
         busy = {slot.worker.socket: slot for slot in self._slots if slot.is_busy and slot.worker}
         if not busy:
-            return
-        seconds = min(slot.deadline for slot in busy.values()) - time.monotonic()
-        readable = wait_readable(list(busy), max(0.0, seconds))
-        for socket, slot in busy.items():
-            slot.advance(is_readable=socket in readable)
+            return False
+        due = max(0.0, min(slot.deadline for slot in busy.values()) - time.monotonic())
+        watched = [*busy, wake] if wake is not None else list(busy)
+        readable = wait_readable(watched, due if seconds is None else min(due, seconds))
+        for connection, slot in busy.items():
+            slot.advance(is_readable=connection in readable)
+        return wake is not None and wake in readable
 
 
 def _results(outcomes: list[Any]) -> list[Any]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from epo.errors import UserError
 from epo.evaluation.statistics import wilson_interval
-from epo.rollout import EpisodeSpec, RolloutCollector
+from epo.rollout import Collector, EpisodeSpec
 from epo.seeds import PANEL_STREAM
 from epo.types import StopReason, Task, Trajectory
 
@@ -38,7 +38,7 @@ class PanelResult:
 
 
 def evaluate(
-    collector: RolloutCollector,
+    collector: Collector,
     tasks: Sequence[Task],
     *,
     split: str,

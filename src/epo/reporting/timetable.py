@@ -9,6 +9,7 @@ PHASES = (
     "prefill",
     "decode",
     "sampling_rest",
+    "workers",
     "old_logprobs",
     "values",
     "reference",
@@ -19,7 +20,12 @@ PHASES = (
 """They add up to the step."""
 UPDATE_PARTS = ("forward", "backward", "optimizer")
 """They add up to `update`."""
-_LABELS = {"sampling_rest": "sampling, rest", "old_logprobs": "old log-probs", "health": "mutual information"}
+_LABELS = {
+    "sampling_rest": "sampling, rest",
+    "workers": "rollout workers",
+    "old_logprobs": "old log-probs",
+    "health": "mutual information",
+}
 
 
 def time_metrics(

@@ -90,6 +90,19 @@ def micro_batches(
         yield _pad(rows, spans, chunk, device=device)
 
 
+def empty_micro_batch(device: torch.device) -> MicroBatch:
+    """One row that trains nothing: what a rank computes while others still have work."""
+    nothing_n = torch.zeros(0, dtype=torch.long, device=device)
+    return MicroBatch(
+        token_ids_B_T=torch.zeros(1, 1, dtype=torch.long, device=device),
+        lengths_B=torch.ones(1, dtype=torch.long, device=device),
+        row_n=nothing_n,
+        source_n=nothing_n,
+        targets_n=nothing_n,
+        index_n=nothing_n,
+    )
+
+
 def _pad(
     rows: Sequence[PackedRow], spans: Sequence[slice], chunk: Sequence[int], *, device: torch.device
 ) -> MicroBatch:

@@ -13,17 +13,13 @@ import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from epo.errors import UserError
 from epo.files import new_folder, remove_folder, write_atomically
 from epo.training.checksums import SUMS_FILE, find_damage, first_difference, write_checksums
-from epo.training.learner import Learner
 
 FORMAT = 2
 """Raised whenever an older reader would misunderstand a checkpoint. Format 1 had the checksums of the tensors, and no
@@ -36,9 +32,20 @@ class DamagedCheckpoint(UserError):
     """A checkpoint that is not what was written. The text names the file; who catches it adds the mend."""
 
 
+class Kept(Protocol):
+    """What a checkpoint holds of: a learner."""
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Leave everything but the control's state in `folder`, and return that."""
+        ...
+
+    def read(self, folder: Path, control: dict[str, Any]) -> None:
+        """Take over what `write` left and returned."""
+
+
 def save_checkpoint(
     folder: Path,
-    learner: Learner,
+    learner: Kept,
     *,
     step: int,
     state: dict[str, Any],
@@ -55,15 +62,12 @@ def save_checkpoint(
     """
     path = folder / f"step_{step:06d}"
     with new_folder(path) as draft:
-        learner.policy.save(draft / "policy")
-        if learner.critic is not None:
-            save_file({k: v.contiguous() for k, v in learner.critic.state_dict().items()}, draft / "critic.safetensors")
-        save_file(_optimizer_tensors(learner.optimizer), draft / "optimizer.safetensors")
+        control = learner.write(draft)
         content = {
             "format": FORMAT,
             "run": run,
             "step": step,
-            "control": learner.control.state_dict(),
+            "control": control,
             "state": state,
         }
         write_atomically(draft / "state.json", json.dumps(content, indent=1))
@@ -221,7 +225,7 @@ def refuse_damaged_source(model: str | Path) -> None:
         )
 
 
-def load_checkpoint(path: Path, learner: Learner, *, run: str | None = None) -> dict[str, Any]:
+def load_checkpoint(path: Path, learner: Kept, *, run: str | None = None) -> dict[str, Any]:
     """Put a checkpoint into `learner`, whose policy was loaded from `path / "policy"`; returns the trainer's state.
 
     Raises:
@@ -229,37 +233,10 @@ def load_checkpoint(path: Path, learner: Learner, *, run: str | None = None) -> 
     """
     content = read_state(path, run=run)
     try:
-        if learner.critic is not None:
-            learner.critic.load_state_dict(load_file(path / "critic.safetensors"))
-        _load_optimizer(learner.optimizer, load_file(path / "optimizer.safetensors"))
-        learner.control.load_state_dict(content["control"])
+        learner.read(path, content["control"])
         return dict(content["state"])
     except (OSError, SafetensorError, RuntimeError, KeyError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"checkpoint {str(path)!r} does not fit this run ({reason}): put back what the run wrote, or delete it"
         ) from None
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": value.contiguous()
-        for index, entries in state.items()
-        for name, value in entries.items()
-        if isinstance(value, Tensor)
-    }
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, entries in state.items():
-        for name, value in entries.items():
-            if index >= len(parameters) or (value.dim() > 0 and value.shape != parameters[index].shape):
-                raise ValueError(f"optimizer.safetensors: {index}.{name} has shape {list(value.shape)}")
-    # Groups (parameters, learning rates, betas) come from the configuration; only the moments are restored.
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

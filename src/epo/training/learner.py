@@ -9,6 +9,8 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +24,10 @@ from epo.seeds import CONTROL_STREAM, SHUFFLE_STREAM
 from epo.training.batch import MicroBatch, TokenData, flatten
 from epo.training.credit import critic_free_advantages, kept_groups, ppo_advantages
 from epo.training.input_dependence import dependence_metrics
+from epo.training.learner_files import read_learner, write_learner
 from epo.training.passes import Passes
 from epo.training.policy import Critic, Policy
+from epo.training.ranks import Ranks
 from epo.training.rescoring import mismatch_metrics, rescored, truncated_importance_weights, weight_metrics
 from epo.training.skipped import SkippedBatch, skipped_batch
 from epo.training.step_data import Minibatch, StepData
@@ -36,21 +40,30 @@ class Learner:
 
     Args:
         start_policy: what the KL loss refers to, when `policy` is no longer at its starting weights (a resumed run).
+        ranks: the others that this learner shares the work with; none by default.
     """
 
     def __init__(
-        self, policy: Policy, config: Config, control: EntropyControl, *, start_policy: Policy | None = None
+        self,
+        policy: Policy,
+        config: Config,
+        control: EntropyControl,
+        *,
+        start_policy: Policy | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.policy = policy
         self.config = config
         self.control = control
         self.stopwatch = Stopwatch(policy.device)
-        """Seconds of everything below, by phase (`epo.reporting.timetable`)."""
         self.skipped: list[SkippedBatch] = []
         """What the last `update` skipped because its loss or gradient was not finite."""
-        self._passes = Passes(config)
+        self.ranks = ranks or Ranks()
+        self._passes = Passes(config, self.ranks)
         self.critic = Critic(policy, config.algorithm.critic) if config.algorithm.name == "ppo" else None
         self.reference = (start_policy or policy).frozen_copy() if config.algorithm.kl_coefficient > 0 else None
+        self._reference_digest = None if self.reference is None else self.reference.digest()
+        self.ranks.shard(policy, self.critic, self.reference)
         optimizer = config.optimizer
         groups: list[dict[str, object]] = [{"params": list(policy.parameters()), "lr": optimizer.learning_rate}]
         if self.critic is not None:
@@ -58,6 +71,25 @@ class Learner:
         self.optimizer = torch.optim.AdamW(
             groups, betas=optimizer.betas, weight_decay=optimizer.weight_decay, fused=True
         )
+
+    def seconds(self) -> dict[str, float]:
+        """What everything below took since the last call, by phase (`epo.reporting.timetable`)."""
+        return self.stopwatch.take()
+
+    def reference_digest(self) -> str | None:
+        """Names the weights that the KL loss refers to; None without one."""
+        return self._reference_digest
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Leave policy, critic and optimiser in `folder`, whole; returns the entropy control's state."""
+        critic, optimizer = self.critic, self.optimizer
+        write_learner(folder, policy=self.policy, critic=critic, optimizer=optimizer, ranks=self.ranks)
+        return self.control.state_dict()
+
+    def read(self, folder: Path, control: dict[str, Any]) -> None:
+        """Take over critic, optimiser and control; the policy was loaded from `folder` already."""
+        read_learner(folder, critic=self.critic, optimizer=self.optimizer, ranks=self.ranks)
+        self.control.load_state_dict(control)
 
     def rescore(self, groups: Sequence[TrajectoryGroup]) -> Sequence[TrajectoryGroup]:
         """The step's groups as `update` wants them: with the learner's log-probabilities and entropies where
@@ -170,18 +202,22 @@ class Learner:
         if self.control.previews:
             with self.stopwatch("forward"):
                 part.marks_N = self._preview(data, part, member_N, step=step, number=number)
-        metrics: dict[str, float] = defaultdict(float)
+        found: dict[str, float] = defaultdict(float)
+        logprobs_N = torch.zeros_like(tokens.old_logprobs_N)
         self.optimizer.zero_grad(set_to_none=True)
-        drawn: list[tuple[Tensor, Tensor]] = []
         for micro in self._passes.micro_batches(data.batch, tokens, rows):
             with self.stopwatch("forward"):
-                loss, logprobs_n = self._loss(data, part, micro, metrics, step=step)
+                loss, logprobs_n = self._loss(data, part, micro, found, step=step)
             with self.stopwatch("backward"):
-                torch.autograd.backward(loss)
-            drawn.append((logprobs_n.detach(), tokens.sampler_logprobs_N[micro.index_n]))
+                torch.autograd.backward(loss * self.ranks.gradient_scale())
+            logprobs_N[micro.index_n] = logprobs_n.detach()
+        metrics = self.ranks.totals(found)
+        logprobs_N = self.ranks.total(logprobs_N)
+        difference_n = logprobs_N[member_N] - tokens.old_logprobs_N[member_N]
+        data.ratio_N[member_N] = difference_n.exp().float()
         if number == 0 and data.importance_N is None:
             # The first mini-batch is the only one in which sampler and learner hold the same weights.
-            data.mismatch |= mismatch_metrics(*(torch.cat(part_n) for part_n in zip(*drawn, strict=True)))
+            data.mismatch |= mismatch_metrics(logprobs_N[member_N], tokens.sampler_logprobs_N[member_N])
         with self.stopwatch("optimizer"):
             if not self._step(metrics):
                 self.skipped.append(self._skipped(data, part, member_N, metrics, number=number))
@@ -242,6 +278,11 @@ class Learner:
         marks_n = None if part.marks_N is None else part.marks_N[index_n]
         hidden_B_T_D = self._passes.hidden(self.policy, micro)
         logprobs_n, entropy_n = self._passes.statistics(self.policy, hidden_B_T_D, micro)
+        if len(index_n) == 0:  # nothing to learn; the others wait for this rank to take part all the same
+            loss = logprobs_n.sum() + entropy_n.sum()
+            if self.critic is not None:
+                loss = loss + 0.0 * self.critic(hidden_B_T_D, micro.token_ids_B_T, micro.lengths_B).sum()
+            return loss, logprobs_n
         if self.control.nucleus is not None:
             entropy_n = self._passes.nucleus(self.policy, hidden_B_T_D, micro, top_p=self.control.nucleus)
         surrogate = self.control.surrogate(
@@ -271,7 +312,6 @@ class Learner:
         for name, value in entropy.metrics.items():
             metrics[name] += value
         with torch.no_grad():
-            data.ratio_N[index_n] = (logprobs_n - tokens.old_logprobs_N[index_n]).exp().float()
             # Drawn from the old policy (up to the sampler's numerics), they estimate KL(old || new) without bias.
             kl_n = kl_penalty(tokens.old_logprobs_N[index_n], logprobs_n, kind="k3")
             # Metrics are means, whatever the weights of the loss add up to.
@@ -303,11 +343,11 @@ class Learner:
             groups["value"] = list(self.critic.parameters())
         norms = {name: _gradient_norm(parameters) for name, parameters in groups.items()}
         for name, norm in norms.items():
-            metrics[f"{name}/grad_norm"] += norm.item()
+            metrics[f"{name}/grad_norm"] = self.ranks.whole(norm).item()
         # A loss that is not finite can leave a finite gradient: max() passes none on where its arguments are NaN.
-        numbers = (*(metrics[name] for name in _LOSSES if name in metrics), *(norm.item() for norm in norms.values()))
+        numbers = [metrics[name] for name in (*_LOSSES, *(f"{group}/grad_norm" for group in groups)) if name in metrics]
         if not all(map(math.isfinite, numbers)):
-            metrics["update/skipped"] += 1.0
+            metrics["update/skipped"] = 1.0
             return False
         for name, parameters in groups.items():
             clip = self.config.optimizer.grad_clip

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from epo.config import ModelConfig
 from epo.errors import UserError
@@ -187,3 +188,9 @@ def _unchanging_positions(config: Any) -> int | None:
         if kind.get("rope_type") in ("dynamic", "longrope")
     ]
     return min(limits, default=None)
+
+
+def quiet_libraries() -> None:
+    """Progress bars and advice of the model library do not belong between our lines."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

@@ -13,21 +13,30 @@ from torch import Tensor
 from epo.config import Config
 from epo.objectives import token_logprobs_and_entropy
 from epo.objectives.nucleus import nucleus_entropy
-from epo.training.batch import MicroBatch, TokenData, micro_batches
+from epo.training.batch import MicroBatch, TokenData, empty_micro_batch, micro_batches
 from epo.training.policy import Critic, Policy
+from epo.training.ranks import Ranks
 from epo.types import PackedBatch
 
 
 class Passes:
-    """How rows go through a model: cut by the token budget, statistics at the training temperature."""
+    """How rows go through a model: cut by the token budget, statistics at the training temperature.
 
-    def __init__(self, config: Config) -> None:
+    Every rank computes its share of the rows, and all get the same [N].
+    """
+
+    def __init__(self, config: Config, ranks: Ranks | None = None) -> None:
         self._temperature = config.rollout.temperature
         self._max_tokens = config.optimizer.microbatch_tokens
+        self._ranks = ranks or Ranks()
 
     def micro_batches(self, batch: PackedBatch, tokens: TokenData, rows: Sequence[int]) -> list[MicroBatch]:
+        """This rank's share of `rows`; as many on every rank, since sharded weights are gathered by all at once."""
         device = tokens.old_logprobs_N.device
-        return list(micro_batches(batch.rows, tokens.row_spans, rows, max_tokens=self._max_tokens, device=device))
+        own = self._ranks.own(rows, [len(row) for row in batch.rows])
+        found = list(micro_batches(batch.rows, tokens.row_spans, own, max_tokens=self._max_tokens, device=device))
+        missing = self._ranks.most(len(found)) - len(found)
+        return found + [empty_micro_batch(device) for _ in range(missing)]
 
     def hidden(self, policy: Policy, micro: MicroBatch) -> Tensor:
         return policy.hidden(micro.token_ids_B_T, micro.lengths_B)
@@ -72,7 +81,7 @@ class Passes:
             logprobs_N[micro.index_n] = logprobs_n
             is_whole = top_p is None
             entropy_N[micro.index_n] = entropy_n if is_whole else self.nucleus(policy, hidden_B_T_D, micro, top_p=top_p)
-        return logprobs_N, entropy_N
+        return self._ranks.total(logprobs_N), self._ranks.total(entropy_N)
 
     @torch.no_grad()
     def values(self, policy: Policy, critic: Critic, batch: PackedBatch, tokens: TokenData) -> Tensor:
@@ -83,4 +92,4 @@ class Passes:
             hidden_B_T_D = torch.empty(0, device=values_N.device) if own else self.hidden(policy, micro)
             values_B_T = critic(hidden_B_T_D, micro.token_ids_B_T, micro.lengths_B)
             values_N[micro.index_n] = values_B_T[micro.row_n, micro.source_n]
-        return values_N
+        return self._ranks.total(values_N)

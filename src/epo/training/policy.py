@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,11 +80,17 @@ class Policy:
         self.folder: Path | None = None
         """Where it was loaded from."""
         self._rounded_head: dict[tuple[int, int], Tensor] = {}
+        self._trunk: nn.Module | None = None
 
     @property
     def trunk(self) -> nn.Module:
-        """The model without its head: token ids to hidden states. With adapters, the trained policy's."""
-        return self.model.base_model
+        """The model without its head: token ids to hidden states. With adapters, the trained policy's. May be set to a
+        module that computes the same by other means."""
+        return self.model.base_model if self._trunk is None else self._trunk
+
+    @trunk.setter
+    def trunk(self, trunk: nn.Module) -> None:
+        self._trunk = trunk
 
     @property
     def head_weight_V_D(self) -> Tensor:
@@ -150,14 +156,19 @@ class Policy:
         attention = self.model.config._attn_implementation
         return f"{total:,} parameters, {trained:,} trained, on {self.device}; {types}, attention {attention}"
 
-    def save(self, folder: Path) -> None:
-        """Write a Hugging Face model directory (safetensors) that any tool can load, or with adapters, one of peft."""
+    def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Write a Hugging Face model directory (safetensors) that any tool can load, or with adapters, one of peft.
+
+        Args:
+            weights: the model's, by name, where the model itself holds parts of them only.
+        """
         if self.adapters is not None:
             if self.adapter is None:
                 raise ValueError("a policy without its adapter is the base model, which is saved already")
             self.adapters.save(folder, self.adapter)
         else:
-            self.model.save_pretrained(folder, safe_serialization=True)
+            state = None if weights is None else dict(weights)
+            self.model.save_pretrained(folder, state_dict=state, safe_serialization=True)
         self.tokenizer.save_pretrained(folder)
 
     def digest(self) -> str:

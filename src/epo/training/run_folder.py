@@ -70,6 +70,11 @@ class RunFolder:
             ) from None
         return cls(path)
 
+    def add_provenance(self, more: dict[str, Any]) -> None:
+        """Add to what decides the outcome, as far as it was not known when the run was made."""
+        if more:
+            write_atomically(self.path / "provenance.json", json.dumps(self._provenance() | more, indent=1))
+
     @classmethod
     def open(cls, path: Path) -> RunFolder:
         """An existing run.

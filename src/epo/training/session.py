@@ -10,27 +10,27 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from epo.agent.prompts import Prompt
 from epo.config import Config, ModelConfig
 from epo.environments.base import TaskSuite
 from epo.environments.pool import EnvPool
 from epo.environments.registry import make_suite
-from epo.errors import StorageError, UserError
+from epo.errors import LearnerLost, StorageError, UserError
 from epo.files import write_atomically
 from epo.reporting.loggers import open_loggers, require_loggers
 from epo.reporting.pages.builder import has_plotly
 from epo.reporting.pages.report import write_report
 from epo.reporting.plot import plot_run
 from epo.reporting.reading.run_reader import read_run
+from epo.rollout import Collector
 from epo.sampling._vllm_engine import require_vllm
 from epo.training.checkpoint import (
     best_evaluation,
@@ -41,9 +41,11 @@ from epo.training.checkpoint import (
 )
 from epo.training.demonstrations import collect_demonstrations
 from epo.training.imitation import warm_started_policy
+from epo.training.learner import Learner
+from epo.training.model_directory import quiet_libraries
 from epo.training.policy import Policy, load_policy, resumed_policy
 from epo.training.run_folder import RunFolder
-from epo.training.trainer import Observer, Trainer
+from epo.training.trainer import Observer, StepLearner, Trainer, control_of, make_collector, make_sampler
 
 _OF_THE_MACHINE = (
     ("environment", "workers"),
@@ -53,8 +55,8 @@ _OF_THE_MACHINE = (
     ("sampler", "max_weight_error"),
 )
 """How many workers play and what an engine is granted: the machine's business, not the experiment's."""
-_TO_LOOK_AT = ("checkpoint", "record", "health", "logging")
-"""Sections that say what is kept and shown. Like the above, they may change when a run goes on."""
+_TO_LOOK_AT = ("checkpoint", "record", "health", "logging", "cluster")
+"""Sections that say what is kept and shown, and on what it runs. Like the above, they may change when a run goes on."""
 
 
 def prepare_suite(config: Config) -> TaskSuite:
@@ -109,12 +111,72 @@ def starting_policy(config: Config, suite: TaskSuite, pool: EnvPool, observer: O
     return policy
 
 
-def train_run(config: Config, path: Path, observer: Observer, *, resume: bool) -> dict[str, Any]:
+class Parts(NamedTuple):
+    """What a trainer works with."""
+
+    learner: StepLearner
+    collector: Collector
+    sampler: str
+    """One line for people: what draws."""
+
+
+class Place(Protocol):
+    """Where a run computes."""
+
+    def provenance(self) -> dict[str, Any]:
+        """What machines these are."""
+        ...
+
+    def parts(self, policy: Policy, start: Policy | None, run: RunFolder) -> AbstractContextManager[Parts]:
+        """Learner and collector for a run that goes on with `policy` and began with `start` (None: with it, too)."""
+        ...
+
+
+class ThisProcess:
+    """The learner and the sampler here, the environments in processes beside them."""
+
+    def __init__(self, config: Config, pool: EnvPool) -> None:
+        self._config, self._pool = config, pool
+
+    def provenance(self) -> dict[str, Any]:
+        return {}
+
+    @contextmanager
+    def parts(self, policy: Policy, start: Policy | None, run: RunFolder) -> Iterator[Parts]:
+        del run
+        learner = Learner(policy, self._config, control_of(self._config), start_policy=start)
+        with closing(make_sampler(self._config, policy, max_episodes=self._pool.size)) as sampler:
+            yield Parts(learner, make_collector(self._config, self._pool, policy, sampler), sampler.describe())
+
+
+@contextmanager
+def open_place(config: Config, pool: EnvPool, cluster: str | None, observer: Observer) -> Iterator[Place]:
+    """Where to compute.
+
+    Args:
+        cluster: address of a Ray cluster, or `local` for one that is started on this machine; None for neither.
+    """
+    if cluster is None:
+        yield ThisProcess(config, pool)
+        return
+    from epo.cluster.place import RayCluster, require_ray
+
+    require_ray()
+    with RayCluster.connected(cluster, config, observer) as place:
+        yield place
+
+
+def train_run(
+    config: Config, path: Path, observer: Observer, *, resume: bool, cluster: str | None = None
+) -> dict[str, Any]:
     """Train, evaluate, and leave the run folder `path` complete; returns the summary.
 
-    With `resume`, goes on from the newest checkpoint of `path`, or from its start if there is none. The first Ctrl-C
-    (or SIGTERM) ends the run after the current step with a checkpoint, the second one at once. A run that fails before
-    it has anything to show leaves no folder.
+    With `resume`, goes on from the newest checkpoint of `path`, or from its start if there is none; so does a run that
+    lost its learner. The first Ctrl-C (or SIGTERM) ends the run after the current step with a checkpoint, the second
+    one at once. A run that fails before it has anything to show leaves no folder.
+
+    Args:
+        cluster: as for `open_place`.
 
     Raises:
         UserError: something the user can mend.
@@ -131,30 +193,59 @@ def train_run(config: Config, path: Path, observer: Observer, *, resume: bool) -
         run, checkpoint = _reopen(path, config)
     else:
         run, checkpoint = RunFolder.create(path, config, provenance(suite)), None
-    with _saying_how_to_go_on(run), run.locked(), run.kept_only_with_content(), open_pool(config) as pool:
-        start = None
-        if checkpoint is None or config.algorithm.kl_coefficient > 0:
-            start = starting_policy(config, suite, pool, observer)
-        if checkpoint is None:
-            assert start is not None
-            policy = start
-        elif start is None:
-            policy = load_policy(checkpoint / "policy", config.model)
-        else:
-            policy, start = resumed_policy(checkpoint / "policy", config.model, start=start)
-        observer.note(f"model: {policy.describe()}")
-        run.add_vocabulary(policy.chat.pieces())
-        trainer = Trainer(config, suite, pool, policy, run, observer, resume_from=checkpoint, start_policy=start)
-        if resume:
-            run.rewind(trainer.state.step, evaluations=trainer.state.evaluations)
-            observer.note(f"resuming {str(path)!r} after step {trainer.state.step}")
-        if trainer.state.step < config.steps:  # looking at a finished run is not part of it
-            trainer.state.wall_seconds += time.perf_counter() - start_time
-        with closing(trainer), _stop_after_step(trainer, observer), _logged(run, trainer, observer):
-            finished = trainer.train()
+    with (
+        _saying_how_to_go_on(run),
+        run.locked(),
+        run.kept_only_with_content(),
+        open_pool(config) as pool,
+        open_place(config, pool, cluster, observer) as place,
+    ):
+        if not resume:
+            run.add_provenance(place.provenance())
+        losses = 0
+        while True:
+            policy, start = _policies(config, checkpoint, suite, pool, observer)
+            observer.note(f"model: {policy.describe()}")
+            run.add_vocabulary(policy.chat.pieces())
+            try:
+                with place.parts(policy, start, run) as parts:
+                    observer.note(f"sampler: {parts.sampler}")
+                    trainer = Trainer(
+                        config, suite, run, observer, learner=parts.learner, collector=parts.collector,
+                        resume_from=checkpoint,
+                    )  # fmt: skip
+                    if resume or losses:
+                        run.rewind(trainer.state.step, evaluations=trainer.state.evaluations)
+                        observer.note(f"resuming {str(path)!r} after step {trainer.state.step}")
+                    if trainer.state.step < config.steps:  # looking at a finished run is not part of it
+                        trainer.state.wall_seconds += time.perf_counter() - start_time
+                    with _stop_after_step(trainer, observer), _logged(run, trainer, observer):
+                        finished = trainer.train()
+                break
+            except LearnerLost as loss:
+                losses += 1
+                if losses > config.cluster.max_losses:
+                    raise
+                checkpoint, start_time = newest_checkpoint(run.checkpoints, run=run.id), time.perf_counter()
+                observer.note(f"{loss}; going on from {'the start' if checkpoint is None else checkpoint.name}")
         for line in () if trainer.halt is None else trainer.halt.message(run.path):
             observer.note(line)
         return _finish(run, config, trainer, observer, finished=finished)
+
+
+def _policies(
+    config: Config, checkpoint: Path | None, suite: TaskSuite, pool: EnvPool, observer: Observer
+) -> tuple[Policy, Policy | None]:
+    """The policy to go on with, and, where it is asked for, the one that training started from."""
+    start = None
+    if checkpoint is None or config.algorithm.kl_coefficient > 0:
+        start = starting_policy(config, suite, pool, observer)
+    if checkpoint is None:
+        assert start is not None
+        return start, start
+    if start is None:
+        return load_policy(checkpoint / "policy", config.model), None
+    return resumed_policy(checkpoint / "policy", config.model, start=start)
 
 
 def provenance(suite: TaskSuite) -> dict[str, Any]:
@@ -179,12 +270,6 @@ def use_threads(config: ModelConfig) -> None:
     """Set the CPU threads of this process's tensor computations, for good."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-
-
-def quiet_libraries() -> None:
-    """Progress bars and advice of the model library do not belong between our lines."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
 
 
 def _reopen(path: Path, config: Config) -> tuple[RunFolder, Path | None]:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from epo.config import Config
 from epo.environments.base import TaskSuite
@@ -22,21 +22,23 @@ from epo.environments.pool import EnvPool
 from epo.errors import UserError
 from epo.evaluation.panels import PanelResult, evaluate
 from epo.objectives import make_control
+from epo.objectives.control import EntropyControl
 from epo.reporting.health import Health
 from epo.reporting.metrics import entropy_oscillation, rollout_metrics
 from epo.reporting.timetable import time_metrics
-from epo.rollout import EpisodeSpec, RolloutCollector
+from epo.rollout import Collector, EpisodeSpec, RolloutCollector
 from epo.sampling.base import Sampler
 from epo.sampling.local import LocalSampler
 from epo.seeds import TRAINING_STREAM
 from epo.tasks import Curriculum, panel
 from epo.training.checkpoint import best_evaluation, checkpoints, load_checkpoint, save_checkpoint, step_of
 from epo.training.halting import Halt
-from epo.training.learner import Learner
 from epo.training.policy import Policy
 from epo.training.run_folder import RunFolder
-from epo.training.skipped import save_skipped
+from epo.training.skipped import SkippedBatch, save_skipped
 from epo.types import Trajectory, TrajectoryGroup
+
+AnyCollector = TypeVar("AnyCollector", bound=RolloutCollector)
 
 
 class MetricsLog(Protocol):
@@ -80,41 +82,56 @@ class TrainerState:
     """Digest of the weights that the KL loss refers to; None without one."""
 
 
+class StepLearner(Protocol):
+    """What one RL step needs of a learner, wherever it computes (`epo.training.learner.Learner` has the meanings)."""
+
+    skipped: list[SkippedBatch]
+
+    def rescore(self, groups: Sequence[TrajectoryGroup]) -> Sequence[TrajectoryGroup]: ...
+
+    def input_dependence(self, groups: Sequence[TrajectoryGroup], *, step: int) -> dict[str, float]: ...
+
+    def update(self, groups: Sequence[TrajectoryGroup], *, step: int) -> dict[str, float]: ...
+
+    def seconds(self) -> dict[str, float]: ...
+
+    def reference_digest(self) -> str | None: ...
+
+    def write(self, folder: Path) -> dict[str, Any]: ...
+
+    def read(self, folder: Path, control: dict[str, Any]) -> None: ...
+
+
 class Trainer:
-    """Trains `policy` on `suite`, and leaves everything worth knowing in the run folder.
+    """Trains a learner on the episodes that a collector plays, and leaves everything worth knowing in the run folder.
 
     Args:
-        resume_from: a checkpoint of the same configuration, from which `policy` was loaded.
+        collector: plays with the learner's weights of the moment.
+        resume_from: a checkpoint of the same configuration, from which the learner's policy was loaded.
     """
 
     def __init__(
         self,
         config: Config,
         suite: TaskSuite,
-        pool: EnvPool,
-        policy: Policy,
         run: RunFolder,
         observer: Observer,
         *,
+        learner: StepLearner,
+        collector: Collector,
         resume_from: Path | None = None,
-        start_policy: Policy | None = None,
     ) -> None:
         self.config = config
-        self.policy = policy
         self.run = run
         self.observer = observer
-        self.control = make_control(config.entropy.method, **config.entropy.options())
-        self.learner = Learner(policy, config, self.control, start_policy=start_policy)
-        self.sampler = make_sampler(config, policy, max_episodes=pool.size)
-        observer.note(f"sampler: {self.sampler.describe()}")
-        self.collector = make_collector(config, pool, policy, self.sampler)
+        self.learner = learner
+        self.collector = collector
         self.curriculum = Curriculum(suite.tasks("train"), seed=config.seed, balance=config.rollout.balance)
         self.panels = {
             split: panel(suite.tasks(split), episodes=config.evaluation.episodes, split=split)
             for split in config.evaluation.splits
         }
-        reference = self.learner.reference
-        digest = None if reference is None else reference.digest()
+        digest = learner.reference_digest()
         self.state = TrainerState(reference=digest)
         self.stop_requested = False
         self.halt: Halt | None = None
@@ -122,7 +139,7 @@ class Trainer:
         self.health = Health(config.health)
         self.log: MetricsLog | None = None
         if resume_from is not None:
-            kept = load_checkpoint(resume_from, self.learner, run=run.id)
+            kept = load_checkpoint(resume_from, learner, run=run.id)
             try:
                 self.state = TrainerState(**kept)
             except TypeError as error:
@@ -136,12 +153,8 @@ class Trainer:
                 )
             for metrics in run.metrics()[: self.state.step]:
                 self.health.observe(metrics)
-        for warning in self.control.warnings():
+        for warning in control_of(config).warnings():
             observer.note(f"{config.entropy.method}: {warning}")
-
-    def close(self) -> None:
-        """End the sampler's processes, if it has any."""
-        self.sampler.close()
 
     def train(self) -> bool:
         """Run to the last step; False when it ended early: on `stop_requested` after a checkpoint, or when an alarm
@@ -209,9 +222,9 @@ class Trainer:
         metrics["entropy/oscillation"] = entropy_oscillation(self.state.entropy_by_step)
         tokens = sum(t.num_tokens for group in groups for t in group.trajectories)
         timing = self.collector.timing
-        rollout = {"environment": timing.environment, "prefill": timing.prefill, "decode": timing.decode}
+        rollout = {phase: getattr(timing, phase) for phase in ("environment", "prefill", "decode", "workers")}
         metrics |= time_metrics(
-            rollout | self.learner.stopwatch.take(),
+            rollout | self.learner.seconds(),
             step_seconds=step_seconds,
             rollout_seconds=rollout_seconds,
             sampling_seconds=timing.sampling,
@@ -298,6 +311,11 @@ def count_episodes(observer: Observer) -> Callable[[Trajectory], None]:
     return on_done
 
 
+def control_of(config: Config) -> EntropyControl:
+    """The entropy control that the configuration names."""
+    return make_control(config.entropy.method, **config.entropy.options())
+
+
 def make_sampler(config: Config, policy: Policy, *, max_episodes: int) -> Sampler:
     """The sampler that the configuration names; the caller closes it."""
     if config.sampler.name == "vllm":
@@ -307,9 +325,11 @@ def make_sampler(config: Config, policy: Policy, *, max_episodes: int) -> Sample
     return LocalSampler(policy, max_episodes=max_episodes)
 
 
-def make_collector(config: Config, pool: EnvPool, policy: Policy, sampler: Sampler) -> RolloutCollector:
+def make_collector(
+    config: Config, pool: EnvPool, policy: Policy, sampler: Sampler, *, kind: type[AnyCollector] = RolloutCollector
+) -> AnyCollector:
     """What plays the pool's episodes as the configuration says."""
-    return RolloutCollector(
+    return kind(
         pool,
         sampler,
         policy.chat,

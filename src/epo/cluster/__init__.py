@@ -1,0 +1,1 @@
+"""Ray: rollout workers and a learner group. Imported only with `--cluster`."""

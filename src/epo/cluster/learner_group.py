@@ -1,0 +1,152 @@
+"""The driver's side of a learner of several ranks, which Ray Train starts, places and watches."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from epo.cluster.events import EventLog
+from epo.cluster.learner_rank import Mailbox, RankSettings, work
+from epo.cluster.weights import Files, Weights, read_files, write_files
+from epo.config import Config
+from epo.errors import LearnerLost
+from epo.training.skipped import SkippedBatch
+from epo.types import TrajectoryGroup
+
+_POLL_SECONDS = 0.5
+"""How often to look whether the group still lives while an answer is waited for."""
+
+
+class LearnerGroup:
+    """A learner (`epo.training.trainer.StepLearner`) whose work ranks share.
+
+    Every call is made on all ranks. One that is lost takes the group with it, for each holds a part of the weights; the
+    next call, or the one that is waited for, then raises `LearnerLost`.
+
+    Args:
+        model: files of the policy to go on with.
+        start: files of the policy that training began with; None where it is the same, or nothing refers to it.
+
+    Raises:
+        LearnerLost: the group does not start.
+    """
+
+    def __init__(self, config: Config, *, model: Files, start: Files | None, events: EventLog) -> None:
+        cluster = config.cluster
+        self._events = events
+        self._limit = cluster.learner_seconds
+        self.skipped: list[SkippedBatch] = []
+        self._seconds: dict[str, float] = {}
+        self._number = 0
+        self._error: BaseException | None = None
+        mailbox: Any = ray.remote(Mailbox).options(num_cpus=0)
+        self._mailbox: Any = mailbox.remote()
+        settings = RankSettings(
+            config=config, model=ray.put(model), start=None if start is None else ray.put(start), mailbox=self._mailbox
+        )
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_seconds)
+        os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+        os.environ["RAY_TRAIN_METRICS_ENABLED"] = "0"
+        self._folder = tempfile.TemporaryDirectory()
+        is_on_gpu = cluster.learner_gpus > 0
+        resources = {"CPU": cluster.learner_cpus} | ({"GPU": cluster.learner_gpus} if is_on_gpu else {})
+        trainer = TorchTrainer(
+            lambda: work(settings),
+            scaling_config=ScalingConfig(
+                num_workers=cluster.learners,
+                use_gpu=is_on_gpu,
+                resources_per_worker=resources,
+                placement_strategy="SPREAD",
+            ),
+            torch_config=TorchConfig(backend="nccl" if is_on_gpu else "gloo", timeout_s=int(self._limit)),
+            # What was learnt since the newest checkpoint is gone with a rank: the trainer goes back to it.
+            run_config=RunConfig(storage_path=self._folder.name, failure_config=FailureConfig(max_failures=0)),
+        )
+        self._thread = threading.Thread(target=self._fit, args=(trainer,), daemon=True)
+        self._thread.start()
+        described = self._call("describe", limit=cluster.start_seconds)
+        self._reference: str | None = described["reference"]
+        self._weights: Weights = described["weights"]
+
+    def weights(self) -> Weights:
+        """Those of the moment."""
+        return self._weights
+
+    def rescore(self, groups: Sequence[TrajectoryGroup]) -> Sequence[TrajectoryGroup]:
+        return self._call("rescore", ray.put(list(groups)))
+
+    def input_dependence(self, groups: Sequence[TrajectoryGroup], *, step: int) -> dict[str, float]:
+        return self._call("input_dependence", ray.put(list(groups)), step)
+
+    def update(self, groups: Sequence[TrajectoryGroup], *, step: int) -> dict[str, float]:
+        answer = self._call("update", ray.put(list(groups)), step)
+        metrics, notes, self.skipped, self._weights, self._seconds = answer
+        turns = [turn for group in groups for t in group.trajectories for turn in t.turns]
+        for turn, (advantages, ratios) in zip(turns, notes, strict=True):
+            turn.advantages, turn.ratios = advantages, ratios
+        return metrics
+
+    def seconds(self) -> dict[str, float]:
+        found, self._seconds = self._seconds, {}
+        return found
+
+    def reference_digest(self) -> str | None:
+        return self._reference
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        files, control = self._call("write")
+        write_files(files, folder)
+        return control
+
+    def read(self, folder: Path, control: dict[str, Any]) -> None:
+        files = {name: data for name, data in read_files(folder).items() if not name.startswith("policy/")}
+        self._call("read", ray.put(files), control)
+
+    def close(self) -> None:
+        """End the ranks."""
+        if self._thread.is_alive():
+            self._mailbox.post.remote(self._number, ("stop", ()))
+            self._thread.join(timeout=30.0)
+        ray.kill(self._mailbox)  # whoever still waits there ends, too
+        self._folder.cleanup()
+
+    # ---------------------------------------------------------------- calls
+
+    def _fit(self, trainer: TorchTrainer) -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            self._error = error
+
+    def _call(self, method: str, *arguments: Any, limit: float | None = None) -> Any:
+        answer = self._mailbox.post.remote(self._number, (method, arguments))
+        self._number += 1
+        due = None if limit is None else time.monotonic() + limit
+        while True:
+            is_alive = self._thread.is_alive()
+            ready, _ = ray.wait([answer], timeout=_POLL_SECONDS if is_alive else 0)
+            if ready:
+                try:
+                    return ray.get(answer)
+                except RayError as error:
+                    raise self._lost(method, error) from None
+            if not is_alive:
+                raise self._lost(method, self._error)
+            if due is not None and time.monotonic() > due:
+                raise self._lost(method, None)
+
+    def _lost(self, method: str, error: BaseException | None) -> LearnerLost:
+        reason = "no answer in time" if error is None else " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        text = f"the learner group is lost ({method}: {reason})"
+        self._events.add(text, event="learner_lost", during=method, reason=reason)
+        return LearnerLost(text)

@@ -1,0 +1,132 @@
+"""A run on a Ray cluster: the connection, and learner and collector on it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+from epo.config import Config
+from epo.errors import UserError
+from epo.training.learner import Learner
+from epo.training.policy import Policy
+from epo.training.run_folder import RunFolder
+from epo.training.session import Parts
+from epo.training.trainer import Observer, control_of
+
+_ANSWER_SECONDS = 10.0
+
+
+def require_ray() -> None:
+    """
+    Raises:
+        UserError: Ray is not installed.
+    """
+    if find_spec("ray") is None:
+        raise UserError("--cluster needs Ray: pip install -e '.[cluster]', or leave the option out")
+
+
+class RayCluster:
+    """The cluster that this process is connected to."""
+
+    def __init__(self, config: Config, address: str, observer: Observer) -> None:
+        self._config, self._address, self._observer = config, address, observer
+
+    @classmethod
+    @contextmanager
+    def connected(cls, address: str, config: Config, observer: Observer) -> Iterator[RayCluster]:
+        """Connect to the cluster at `address`, or start one on this machine's loopback for `local`.
+
+        Raises:
+            UserError: there is no cluster at that address.
+        """
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        options: dict[str, Any] = {}
+        if address == "local":
+            # Read when Ray is imported: without it every server listens on all of the machine's addresses. The name is
+            # from where it is the default.
+            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+            # Ray's workers would yield to everything else on the machine (19 is lowest, 15 its default).
+            os.environ.setdefault("RAY_worker_niceness", "0")
+            options["include_dashboard"] = False
+            options["num_cpus"] = max(os.cpu_count() or 1, _cpus(config))  # shared where there are fewer cores
+            if config.cluster.object_store_mb is not None:
+                options["object_store_memory"] = config.cluster.object_store_mb * 1_000_000
+        else:
+            _require_answer(address)
+        import ray
+
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise _no_cluster(address, error) from None
+        try:
+            yield cls(config, address, observer)
+        finally:
+            ray.shutdown()
+
+    def provenance(self) -> dict[str, Any]:
+        import ray
+
+        nodes = [
+            {"address": node["NodeManagerAddress"], "cpus": node["Resources"].get("CPU", 0.0)}
+            | {"gpus": node["Resources"].get("GPU", 0.0)}
+            for node in ray.nodes()
+            if node["Alive"]
+        ]
+        return {"cluster": {"address": self._address, "ray": ray.__version__, "nodes": nodes}}
+
+    @contextmanager
+    def parts(self, policy: Policy, start: Policy | None, run: RunFolder) -> Iterator[Parts]:
+        from epo.cluster.events import EventLog
+        from epo.cluster.rollouts import ClusterCollector
+        from epo.cluster.weights import policy_files, publisher
+
+        config, cluster = self._config, self._config.cluster
+        events = EventLog(run.path / "cluster.jsonl", self._observer.note)
+        model = policy_files(policy)
+        with ExitStack() as stack:
+            if cluster.learners:
+                from epo.cluster.learner_group import LearnerGroup
+
+                self._observer.begin(f"start {cluster.learners} learner ranks", cluster.learners)
+                first = policy_files(start) if start not in (None, policy) and config.algorithm.kl_coefficient else None
+                learner = stack.enter_context(closing(LearnerGroup(config, model=model, start=first, events=events)))
+                weights = learner.weights
+            else:
+                learner = Learner(policy, config, control_of(config), start_policy=start)
+                weights = publisher(policy)
+            self._observer.begin(f"start {cluster.workers} rollout workers", cluster.workers)
+            collector = ClusterCollector(config, model=model, weights=weights, events=events)
+            stack.enter_context(closing(collector))
+            yield Parts(learner, collector, f"{config.sampler.name}, in {cluster.workers} rollout workers")
+
+
+def _require_answer(address: str) -> None:
+    """Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise _no_cluster(address, ValueError("not of the form HOST:PORT"))
+    try:
+        socket.create_connection((host, int(port)), timeout=_ANSWER_SECONDS).close()
+    except OSError as error:
+        raise _no_cluster(address, error) from None
+
+
+def _no_cluster(address: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    return UserError(
+        f"--cluster {address}: no Ray cluster answers there ({reason}): give the address that `ray start --head` "
+        "printed, such as 10.0.0.1:6379, or `local`"
+    )
+
+
+def _cpus(config: Config) -> int:
+    """What all actors of a run ask for, rounded up."""
+    cluster = config.cluster
+    return math.ceil(cluster.workers * cluster.worker_cpus + cluster.learners * cluster.learner_cpus)

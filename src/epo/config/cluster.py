@@ -1,0 +1,39 @@
+"""What a run is granted on a Ray cluster. Without `--cluster` nothing of it is read."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from epo.config.section import Section
+
+
+class ClusterConfig(Section):
+    """What `epo train --cluster` asks Ray for (docs/scaling.md). Changes where a run computes, not what."""
+
+    workers: int = Field(default=2, ge=1)
+    """Rollout workers: Ray actors, each with environments and a sampler of its own."""
+    episodes_per_worker: int = Field(default=8, ge=1, le=512)
+    """Episodes that are live at once in a worker; also its environment processes."""
+    worker_cpus: float = Field(default=1.0, gt=0)
+    """Cores that Ray sets aside for a worker; also its threads, unless `model.threads` says so."""
+    worker_gpus: float = Field(default=0.0, ge=0)
+    """GPUs that Ray sets aside for a worker."""
+    learners: int = Field(default=0, ge=0)
+    """Ranks of the learner group, started by Ray Train, which share the passes, the weights and the optimiser (torch
+    FSDP2). 0: the learner is in the process that was started by hand, and whole."""
+    learner_cpus: float = Field(default=1.0, gt=0)
+    """Cores that Ray sets aside for a rank; also its threads, unless `model.threads` says so."""
+    learner_gpus: float = Field(default=0.0, ge=0)
+    """GPUs that Ray sets aside for a rank; above 0 the ranks talk through NCCL, else gloo."""
+    learner_seconds: float = Field(default=600.0, gt=0)
+    """How long ranks wait for one another before the group counts as lost."""
+    episode_seconds: float = Field(default=1800.0, gt=0)
+    """Deadline of an episode. One that is over it at the end of a turn is lost to an environment error; a worker from
+    which nothing is heard for twice as long is replaced. The deadline of a turn is `environment.timeout_seconds`."""
+    start_seconds: float = Field(default=600.0, gt=0)
+    """How long Ray may take to bring up workers or learners, first or again, before the run fails."""
+    max_losses: int = Field(default=3, ge=0)
+    """How often an episode is played again because its worker was lost, and how often a lost learner is replaced,
+    before the run fails."""
+    object_store_mb: int | None = Field(default=None, ge=80)
+    """Ray's shared memory with `--cluster local`; a third of the machine's by default."""
