@@ -24,6 +24,7 @@ from epo.config import Config
 from epo.errors import StorageError, UserError
 from epo.models.command import models_app
 from epo.models.hub import stay_offline_unless_asked
+from epo.planning import command as plan_command
 from epo.recipe import folder_name, load_config, recipe_names
 from epo.reporting.pages import command as reporting_command
 from epo.reporting.terminal import command as show_command
@@ -296,6 +297,7 @@ app.add_typer(models_app, name="models")
 show_command.register(app)
 reporting_command.register(app)
 sweep_command.register(app)
+plan_command.register(app)
 explain = typer.Typer(help="Show what a setting does before anything is trained.", no_args_is_help=True)
 app.add_typer(explain, name="explain")
 
