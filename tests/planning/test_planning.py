@@ -68,7 +68,7 @@ def test_a_worked_example_by_hand() -> None:
     layers = 3 * (2 * 106_168_320 * 6112 + 4 * 576 * 30 * pairs)
     assert plan.operations["layers, forward and backward"] == layers
     assert plan.operations["token head"] == 8 * 49_152 * 576 * 512
-    rate = 2 * 100e9 * 0.7
+    rate = 2 * 100e9 * 0.6
     assert plan.time.update == pytest.approx((layers + 8 * 49_152 * 576 * 512) / rate, rel=1e-12)
 
 

@@ -11,8 +11,8 @@ from epo.planning.memory import micro_batch_tokens, precision_of
 from epo.planning.shapes import ModelShape
 from epo.planning.workload import Workload
 
-GPU_UTILISATION, CPU_UTILISATION = 0.4, 0.7
-"""Of the dense rate, in training and prefill. On a CPU as measured (docs/cost.md); on a GPU assumed."""
+GPU_UTILISATION, CPU_UTILISATION = 0.4, 0.6
+"""Of the dense rate, in training and prefill. On a CPU 0.53 to 0.73 were measured; on a GPU assumed."""
 DECODE_UTILISATION = 0.6
 """Of the memory bandwidth, by decoding; assumed."""
 LINK = 50e9
