@@ -44,7 +44,6 @@ CASES: list[dict[str, Any]] = [
     {"layers": 2, "lora_rank": 16},
     {"layers": 8, "lora_rank": 16},
     {"layers": 4, "lora_rank": 0},
-    {"layers": 8, "lora_rank": 0},
     {"layers": 8, "lora_rank": 0, "checkpointing": True},
 ]
 TIMES: list[dict[str, Any]] = [
