@@ -51,7 +51,8 @@ if options.model == "tiny":
     user, assistant, end = "<|user|>", "<|assistant|>", "<|end|>"
 else:
     folder = pull(options.model).folder
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
     user, assistant, end = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>"
 # Whatever the model says is the argument of the one tool, so it need not know how to call tools.
 tokenizer.chat_template = (

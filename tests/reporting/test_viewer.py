@@ -105,7 +105,8 @@ def test_pick_step_task_trajectory_and_run(visit: Open, steps: dict[int, Any]) -
     expect(page.locator(".summary .note")).to_contain_text("3 of 4")
     assert "step=4&row=6" in page.url
     record = steps[4][6]
-    assert page.locator(".observation .text").first.inner_text() == record["turns"][0]["observation"]
+    first = page.locator(".observation .text").first
+    expect(first).to_have_text(record["turns"][0]["observation"], use_inner_text=True)
     assert page.locator(".action").all_inner_texts() == [turn["action"] for turn in record["turns"]]
     page.get_by_role("button", name="Next in the list").click()
     expect(page.locator(".summary .note")).to_contain_text("4 of 4")

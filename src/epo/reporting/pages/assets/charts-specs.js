@@ -6,6 +6,7 @@
     "prefill",
     "decode",
     "sampling_rest",
+    "workers",
     "old_logprobs",
     "values",
     "reference",

@@ -208,6 +208,7 @@
     "time/step": ["Time per step", "s", "Seconds of the whole step."],
     "time/environment": ["Environments", "s", "Seconds spent waiting for environments."],
     "time/prefill": ["Reading prompts", "s", "Seconds in which the sampler read prompts."],
+    "time/workers": ["Rollout workers", "s", "Seconds spent waiting for rollout workers of a cluster."],
     "time/decode": ["Drawing tokens", "s", "Seconds in which the sampler drew tokens."],
     "time/sampling_rest": [
       "Rest of sampling",
