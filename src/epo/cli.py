@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from epo.authoring import command as authoring_command
 from epo.config import Config
 from epo.errors import StorageError, UserError
 from epo.models.command import models_app
@@ -298,6 +299,7 @@ show_command.register(app)
 reporting_command.register(app)
 sweep_command.register(app)
 plan_command.register(app)
+authoring_command.register(app)
 explain = typer.Typer(help="Show what a setting does before anything is trained.", no_args_is_help=True)
 app.add_typer(explain, name="explain")
 
