@@ -334,12 +334,13 @@ def check_demonstrations(examination: Examination) -> str:
         _require(bool(actions), f"{what}: no actions")
         offered += 1
         examination.reset(task)
-        for number, action in enumerate(actions, start=1):
-            step = examination.step(action)
+        done = 0
+        for action in actions:
+            step, done = examination.step(action), done + 1
             if step.terminated or step.truncated:
                 break
-        _require(step.success, f"{what}: no success after {number} of {len(actions)} actions")
-        _require(number == len(actions), f"{what}: {len(actions) - number} actions after the end")
+        _require(step.success, f"{what}: no success after {done} of {len(actions)} actions")
+        _require(done == len(actions), f"{what}: {len(actions) - done} actions after the end")
     if not offered:
         raise NotApplicable("no expert")
     return f"{offered} of {len(tasks)} tasks have one, and it succeeds"
@@ -365,10 +366,10 @@ def check_leaks(examination: Examination) -> str:
         raise NotApplicable("needs /proc and at least two resets")
     over = resets - resets // 2
     own, descendants = end.own_bytes - middle.own_bytes, end.descendants_bytes - middle.descendants_bytes
-    descriptors = end.descriptors - middle.descriptors
+    descriptors, processes = end.descriptors - middle.descriptors, end.processes - middle.processes
     seen = (
-        f"over the last {over} of {resets} resets: memory {own / 2**20:+.1f} MB (its processes' {descendants / 2**20:+.1f}"
-        f" MB), file descriptors {descriptors:+d}, processes {end.processes - middle.processes:+d}"
+        f"over the last {over} of {resets} resets: memory {own / 2**20:+.1f} MB (descendants"
+        f" {descendants / 2**20:+.1f} MB), file descriptors {descriptors:+d}, processes {processes:+d}"
     )
     # Allocators take memory in lumps, so that a few megabytes say nothing.
     _require(own <= 4 * 2**20 + _LEAK_BYTES_PER_RESET * over, f"memory grows: {seen}")
@@ -376,7 +377,7 @@ def check_leaks(examination: Examination) -> str:
         descendants <= 64 * 2**20 + _LEAK_BYTES_PER_RESET_DESCENDANTS * over, f"memory of its processes grows: {seen}"
     )
     _require(descriptors <= _LEAK_DESCRIPTORS_PER_RESET * over, f"file descriptors are not closed: {seen}")
-    _require(end.processes - middle.processes <= _LEAK_DESCRIPTORS_PER_RESET * over, f"processes are not ended: {seen}")
+    _require(processes <= _LEAK_DESCRIPTORS_PER_RESET * over, f"processes are not ended: {seen}")
     return seen
 
 

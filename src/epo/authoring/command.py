@@ -62,7 +62,7 @@ def check(
     resets: Annotated[int, typer.Option(min=2, help="Resets over which leaks are measured.")] = 200,
     seconds: Annotated[float, typer.Option(min=0.1, help="Deadline of one call.")] = 120.0,
     slowest_ms: Annotated[
-        float, typer.Option(min=0, help="A median step above it is too slow; a reset ten-fold.")
+        float, typer.Option(min=0, help="Too slow: a median step above it, a reset ten-fold.")
     ] = 1000,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:

@@ -22,8 +22,12 @@ ENTRY_POINT_GROUP = "epo.environments"
 _BUILT_IN = {
     "alfworld": "epo.environments.alfworld:AlfworldSuite",
     "corridor": "epo.environments.corridor:CorridorSuite",
+    "gymnasium": "epo.environments.adapters.gymnasium:GymnasiumSuite",
     "household": "epo.environments.alfworld:HouseholdSuite",
+    "reasoning_gym": "epo.environments.adapters.reasoning_gym:ReasoningGymSuite",
     "scienceworld": "epo.environments.scienceworld:ScienceWorldSuite",
+    "textarena": "epo.environments.adapters.textarena:TextArenaSuite",
+    "textworld": "epo.environments.adapters.textworld:TextWorldSuite",
 }
 _EXTRA = {"alfworld": "alfworld", "household": "alfworld", "scienceworld": "scienceworld"}
 _registered: dict[str, str] = {}

@@ -1,0 +1,1 @@
+"""Suites that play other libraries' environments. Each imports its library only when an environment is made."""
