@@ -123,5 +123,11 @@ class Probe:
         except Lost:
             how, words = self._worker.kill()
             self._worker = None
-            last = f": {words.splitlines()[-1]}" if words else ""
-            raise Misconduct(f"{what}: the process died ({how}){last}") from None
+            raise Misconduct(f"{what}: the process died: {how}{_last_words(words)}") from None
+
+
+def _last_words(stderr: str) -> str:
+    """The line that matters: what `faulthandler` says of a crash, else the last one."""
+    lines = stderr.splitlines()
+    fatal = [line for line in lines if line.startswith("Fatal Python error")]
+    return f": {(fatal or lines)[-1]}" if lines else ""

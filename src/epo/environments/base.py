@@ -26,7 +26,11 @@ class TextEnv(ABC):
 
     @abstractmethod
     def step(self, action: str) -> Step:
-        """Do `action`. Any string is accepted; one that makes no sense is answered with `understood=False`."""
+        """Do `action`. Any string is accepted; one that makes no sense is answered with `understood=False`.
+
+        Raises:
+            RuntimeError: no episode is under way: `reset` was not called since the last one ended.
+        """
 
     def demonstration(self, task: Task) -> list[str] | None:
         """Actions of an expert that lead `task` to full success, or None where there is no expert.

@@ -169,6 +169,7 @@ class ScienceWorldEnv(TextEnv):
         self._jvm: Jvm | None = None
         self._simulator: Any = None
         self._agent_interface: Any = None
+        self._over = True
 
     @property
     def jvm_pid(self) -> int | None:
@@ -182,11 +183,12 @@ class ScienceWorldEnv(TextEnv):
             text: str = self._simulator.step("look around")
             self._agent_interface = self._simulator.agentInterface().get()
             self._check_error_state()
+            self._over = False
             goal = " ".join(str(self._simulator.getTaskDescription()).split())
             return Observation(text=text, admissible_actions=self._admissible_actions(text), goal=goal)
 
     def step(self, action: str) -> Step:
-        if self._agent_interface is None:
+        if self._agent_interface is None or self._over:
             raise RuntimeError("step() needs an episode: call reset() first, also after an EnvironmentFailure")
         action = _sanitised(action)
         with self._ending_jvm_on_failure():
@@ -194,10 +196,11 @@ class ScienceWorldEnv(TextEnv):
             self._check_error_state()
             score: float = self._simulator.getScore()
             success = score >= 1.0 and bool(self._simulator.getCompleted())
+            self._over = success or score < 0
             return Step(
                 observation=Observation(text=text, admissible_actions=self._admissible_actions(text)),
                 reward=float(success),
-                terminated=success or score < 0,
+                terminated=self._over,
                 success=success,
                 score=max(0.0, score),
                 understood=not text.startswith((_NOT_UNDERSTOOD, _AMBIGUITY_CANCELLED)),

@@ -25,14 +25,16 @@ from epo.errors import EnvironmentFailure, UserError
 from epo.types import Observation, Step, Task
 
 _META = re.compile(
-    r"\.|\b(quit|q|restart|restore|save|undo|script|transcript|verify|version|tw-.*|restrict|oops|again|g)\b"
+    r"\b(quit|q|restart|restore|save|undo|script|transcript|verify|version|tw-.*|restrict|oops|again|g)\b"
 )
-"""Commands to the interpreter, not to the game; a full stop would join one to another command."""
+"""Commands to the interpreter, not to the game."""
 _NOT_UNDERSTOOD = re.compile(
-    r"That's not a verb I recogni[sz]e|I didn't understand|I only understood|I beg your pardon|You can't see any such thing"
+    "That's not a verb I recognise|I didn't understand|I only understood|I beg your pardon|You can't see any such thing"
 )
-_ASCII = re.compile(r"[^ -~]")
-_LONGEST_COMMAND = 100  # the interpreter's input buffer is small
+_COMMAND = re.compile(r"[A-Za-z0-9' -]*[A-Za-z0-9][A-Za-z0-9' -]*")
+"""What a game's own words are made of. Control characters, braces and long lines kill the interpreter, and the process
+with it; a full stop would join one command to another."""
+_LONGEST_COMMAND = 100
 
 
 class TextWorldSuite(TaskSuite):
@@ -185,8 +187,7 @@ class TextWorldEnv(TextEnv):
         if self._over:
             raise RuntimeError("the episode is over: call reset first")
         command = plain(action)
-        # A control character or a long line would crash the interpreter, and the process with it.
-        if not command or len(command) > _LONGEST_COMMAND or _ASCII.search(command) or _META.search(command.lower()):
+        if len(command) > _LONGEST_COMMAND or not _COMMAND.fullmatch(command) or _META.search(command.lower()):
             observation = Observation(text="That is nothing you can do here.", admissible_actions=self._actions)
             return Step(observation=observation, reward=0.0, terminated=False, understood=False)
         try:
