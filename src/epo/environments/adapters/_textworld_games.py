@@ -1,6 +1,6 @@
 """Makes TextWorld games in a process of its own: `python -m epo.environments.adapters._textworld_games FOLDER JSON`.
 
-Apart, because the generator draws from sets and compiles with Inform 7: with a hash seed of its own the same options make
+Apart, because the generator draws from sets and compiles with Inform 7: with its own hash seed the same options make
 the same games, and the training process never loads it.
 """
 
