@@ -334,13 +334,13 @@ def check_demonstrations(examination: Examination) -> str:
         _require(bool(actions), f"{what}: no actions")
         offered += 1
         examination.reset(task)
-        done = 0
+        steps: list[Step] = []
         for action in actions:
-            step, done = examination.step(action), done + 1
-            if step.terminated or step.truncated:
+            steps.append(examination.step(action))
+            if steps[-1].terminated or steps[-1].truncated:
                 break
-        _require(step.success, f"{what}: no success after {done} of {len(actions)} actions")
-        _require(done == len(actions), f"{what}: {len(actions) - done} actions after the end")
+        _require(steps[-1].success, f"{what}: no success after {len(steps)} of {len(actions)} actions")
+        _require(len(steps) == len(actions), f"{what}: {len(actions) - len(steps)} actions after the end")
     if not offered:
         raise NotApplicable("no expert")
     return f"{offered} of {len(tasks)} tasks have one, and it succeeds"

@@ -26,6 +26,8 @@ def make_games(folder: Path, plan: dict[str, dict[str, Any]]) -> None:
         options.path = str(folder / f"{number}.z8")
         _, game = textworld.make(options)
         manifest[id] = list(game.metadata["walkthrough"])
+        if len(manifest[id]) != settings["quest_length"]:  # the generator gives up silently
+            raise ValueError(f"{id} got a quest of {len(manifest[id])} actions, not {settings['quest_length']}")
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 

@@ -120,9 +120,6 @@ class GymnasiumEnv(TextEnv):
         gymnasium = require("gymnasium", extra="gymnasium")
         self.close()
         try:
-            spec = gymnasium.spec(self._id)
-            if spec.entry_point is None:
-                raise UserError(f"suite 'gymnasium': {self._id} has no entry point")
             self._env = gymnasium.make(self._id, disable_env_checker=True, **options)
             is_text = isinstance(self._env.observation_space, gymnasium.spaces.Text)
             self._renders = not is_text
