@@ -6,6 +6,7 @@ reasoning-gym and TextArena are tested where they are installed: `make test-adap
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from epo.environments import make_suite
 from epo.errors import UserError
 from epo.recipe import parse_config
 from epo.reporting.terminal.console import ConsoleObserver
+from epo.training.policy import Policy
 from epo.training.session import train_run
 
 ECHO = {"id": "text_gym:Echo-v0", "train": 8, "iid": 4}
@@ -54,26 +56,15 @@ def test_an_adapter_keeps_the_contract(suite: str, options: dict[str, Any]) -> N
     assert not [finding for finding in findings if finding.verdict is Verdict.FAILED]
 
 
-def minute(suite: str, options: dict[str, Any]) -> Config:
+def minute(suite: str, options: dict[str, Any], *, model: Path) -> Config:
     return parse_config(
         {
             "name": suite,
             "steps": 2,
             "environment": {"suite": suite, "options": options, "workers": 2, "max_turns": 4},
             "agent": {"format": "action", "max_response_tokens": 6},
-            "model": {
-                "path": "tiny",
-                "max_context": 1024,
-                "device": "cpu",
-                "threads": 1,
-                "tiny": {
-                    "vocabulary_size": 320,
-                    "hidden_size": 32,
-                    "layers": 2,
-                    "heads": 2,
-                    "intermediate_size": 64,
-                },
-            },
+            "model": {"path": str(model), "max_context": 256, "device": "cpu", "threads": 1},
+            "imitation": {"demonstrations": 0},
             "rollout": {"tasks_per_step": 4},
             "entropy": {"method": "epo"},
             "optimizer": {"learning_rate": 0.001},
@@ -83,9 +74,12 @@ def minute(suite: str, options: dict[str, Any]) -> Config:
 
 
 @pytest.mark.parametrize(("suite", "options"), EVERY)
-def test_two_rl_steps_on_every_adapter(suite: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_two_rl_steps_on_every_adapter(
+    suite: str, options: dict[str, Any], tmp_path: Path, make_policy: Callable[..., Policy]
+) -> None:
+    make_policy(lively=True).save(tmp_path / "model")  # where there is no expert, a run starts from a model
     with ConsoleObserver(2, Console(quiet=True)) as observer:
-        summary = train_run(minute(suite, options), tmp_path / "run", observer, resume=False)
+        summary = train_run(minute(suite, options, model=tmp_path / "model"), tmp_path / "run", observer, resume=False)
     assert (summary["finished"], summary["steps"]) == (True, 2)
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert metrics.count("\n") == 2
