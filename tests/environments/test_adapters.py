@@ -6,7 +6,6 @@ reasoning-gym and TextArena are tested where they are installed: `make test-adap
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,14 @@ import pytest
 from rich.console import Console
 
 from epo.authoring.checks import Thoroughness, Verdict, examine_suite
-from epo.config import Config
+from epo.config import Config, ModelConfig
 from epo.environments import make_suite
 from epo.errors import UserError
 from epo.recipe import parse_config
 from epo.reporting.terminal.console import ConsoleObserver
 from epo.training.policy import Policy
 from epo.training.session import train_run
+from epo.training.tiny import build_model
 
 ECHO = {"id": "text_gym:Echo-v0", "train": 8, "iid": 4}
 LINE = {"id": "text_gym:Line-v0", "actions": ["left", "right"], "ood_options": {"length": 5}}
@@ -63,7 +63,7 @@ def minute(suite: str, options: dict[str, Any], *, model: Path) -> Config:
             "steps": 2,
             "environment": {"suite": suite, "options": options, "workers": 2, "max_turns": 4},
             "agent": {"format": "action", "max_response_tokens": 6},
-            "model": {"path": str(model), "max_context": 256, "device": "cpu", "threads": 1},
+            "model": {"path": str(model), "max_context": 1024, "device": "cpu", "threads": 1},
             "imitation": {"demonstrations": 0},
             "rollout": {"tasks_per_step": 4},
             "entropy": {"method": "epo"},
@@ -75,9 +75,11 @@ def minute(suite: str, options: dict[str, Any], *, model: Path) -> Config:
 
 @pytest.mark.parametrize(("suite", "options"), EVERY)
 def test_two_rl_steps_on_every_adapter(
-    suite: str, options: dict[str, Any], tmp_path: Path, make_policy: Callable[..., Policy]
+    suite: str, options: dict[str, Any], tmp_path: Path, tiny_config: ModelConfig, tokenizer: Any
 ) -> None:
-    make_policy(lively=True).save(tmp_path / "model")  # where there is no expert, a run starts from a model
+    # Where there is no expert, a run starts from a model.
+    model = build_model(tokenizer, tiny_config.model_copy(update={"max_context": 1024}), seed=0)
+    Policy(model, tokenizer, max_context=1024).save(tmp_path / "model")
     with ConsoleObserver(2, Console(quiet=True)) as observer:
         summary = train_run(minute(suite, options, model=tmp_path / "model"), tmp_path / "run", observer, resume=False)
     assert (summary["finished"], summary["steps"]) == (True, 2)
