@@ -177,7 +177,6 @@ def test_textworld_walkthroughs_win_and_the_interpreter_cannot_be_commanded() ->
             "look. restart",
             "tw-print states",
             "{x}",
-            "look\x00",
             "y" * 300,
         ):
             step = env.step(command)
