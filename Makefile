@@ -80,6 +80,7 @@ KILLS ?= 60
 SEED ?= 0
 chaos-runs: $(VENV)/.train
 	$(BIN)/python benchmarks/kill_runs.py --kills $(KILLS) --seed $(SEED)
+
 # With what few need: reasoning-gym and TextArena bring some forty packages.
 test-adapters: $(VENV)/.test
 	$(PIP) --editable '.[gymnasium,reasoning-gym,textarena]'
