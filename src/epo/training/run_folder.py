@@ -21,8 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from epo.bounded_yaml import load_yaml
 from epo.config import Config
 from epo.errors import StorageError, UserError
 from epo.files import append_whole, explaining_full_disk, new_folder, remove_drafts, write_atomically
@@ -123,8 +122,8 @@ class RunFolder:
         """
         file = self.path / "config.yaml"
         try:
-            tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
+            tree = load_yaml(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{str(file)!r} cannot be read ({reason}): restore it, or start a new run") from None
         try:
