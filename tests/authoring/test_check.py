@@ -30,7 +30,6 @@ FAULTS = {
     "task order": ("plain data", "lists other tasks"),
     "id type": ("plain data", "goal is a NoneType"),
     "make_env raises": ("types", "make_env: ValueError: no walls"),
-    "list of actions": ("types", "admissible_actions is a list"),
     "surrogates": ("types", "lone surrogates"),
     "no words": ("types", "neither text nor goal"),
     "reset returns text": ("types", "a str, not an Observation"),
@@ -48,7 +47,7 @@ FAULTS = {
     "other error": ("after the end", "raises KeyError"),
     "gives up": ("demonstrations", "no success after 2 of 2"),
     "goes too far": ("demonstrations", "1 actions after the end"),
-    "one string": ("demonstrations", "not a list of str"),
+    "one string": ("demonstrations", "not a sequence of texts"),
     "memory": ("leaks", "memory grows"),
     "descriptors": ("leaks", "file descriptors are not closed"),
 }

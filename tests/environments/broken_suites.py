@@ -31,8 +31,6 @@ class BrokenEnv(TextEnv):
                 return replace(observation, text=f"Day {self.resets}. {observation.text}")
             case "process id":
                 return replace(observation, text=f"{observation.text} {os.getpid()}")
-            case "list of actions":
-                return replace(observation, admissible_actions=list(observation.admissible_actions))
             case "surrogates":
                 return replace(observation, text="\ud800")
             case "no words":

@@ -431,7 +431,6 @@ def _check_observation(observation: Any, what: str) -> None:
         _check_text(observation.goal, f"{what}: goal")
     actions = observation.admissible_actions
     if actions is not None:
-        _require(type(actions) is tuple, f"{what}: admissible_actions is a {type(actions).__name__}, not a tuple")
         for action in actions:
             _check_text(action, f"{what}: an admissible action")
 
