@@ -77,9 +77,10 @@ def test_a_second_signal_ends_at_once(start_epo: Start):
     time.sleep(0.3)
     start = time.monotonic()
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert time.monotonic() - start < 10
+    # The step would take minutes; a busy machine takes seconds to end a process and its workers.
+    assert time.monotonic() - start < 30
     assert "interrupted" in err and "Traceback" not in err
     assert steps_in(run) == []
 

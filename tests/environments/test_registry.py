@@ -104,7 +104,7 @@ def test_options_of_the_wrong_type_are_refused(option: str, value: Any, expected
 
 def test_wrong_names_are_answered_with_the_nearest():
     with pytest.raises(
-        UserError, match=r"'sciencewrld', did you mean 'scienceworld'\?; known suites: alfworld, corridor"
+        UserError, match=r"'sciencewrld', did you mean 'scienceworld'\?; known suites: alfworld, .*corridor"
     ):
         make_suite("sciencewrld")
     with pytest.raises(UserError, match=r"unknown suite 'zzz'; known suites"):

@@ -420,7 +420,8 @@ def model_directories(folder: Path) -> Iterator[Throw]:
             (model / "model.safetensors.index.json").write_text(json.dumps(index))
 
     quiet_libraries()
-    resource.setrlimit(resource.RLIMIT_AS, (16 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (16 << 30, hard))
 
     def throw(rng: random.Random) -> Verdict:
         shutil.rmtree(model, ignore_errors=True)
@@ -436,7 +437,10 @@ def model_directories(folder: Path) -> Iterator[Throw]:
         policy.chat.first_prompt(fuzz_cases.text(rng))
         return "accepted"
 
-    yield throw
+    try:
+        yield throw
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 # Environments and agents
