@@ -1,7 +1,7 @@
 """Matrix products in float32 on a CPU, through oneDNN where torch has it.
 
 torch multiplies float32 matrices with MKL, which takes a slow path on processors that are not Intel's: half the rate of
-oneDNN on AMD's Zen 4 and 5. The operator for oneDNN is private to torch, so it is used only where it exists and gives
+oneDNN on AMD's. The operator for oneDNN is private to torch, so it is used only where it exists and gives
 the right numbers on a probe; everywhere else, and for every other type and device, the product is torch's own.
 
 Legend for tensor suffixes: _N, _M rows, _K what is summed over.
