@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +14,9 @@ import torch
 from epo.config import ModelConfig
 from epo.training.policy import Policy
 from epo.training.tiny import build_model, build_tokenizer
+
+# A folder of the tests' own: trackio reads this when it is imported, and TRL imports it long before its tests run.
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")
 
 TEXTS = [
     "You are in the kitchen. You see a door, a cup and a red apple.",
@@ -72,3 +78,7 @@ def make_sharp_policy(make_policy: Callable[..., Policy]) -> Callable[..., Polic
         return policy
 
     return make
+
+
+def pytest_sessionfinish() -> None:
+    shutil.rmtree(os.environ["TRACKIO_DIR"], ignore_errors=True)

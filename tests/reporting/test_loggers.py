@@ -30,10 +30,9 @@ ALL = "logging.to=[tensorboard, wandb, trackio]"
 
 @pytest.fixture(scope="module", autouse=True)
 def _stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Everything of these packages in folders of the tests' own. They read these variables when they are imported."""
+    """Everything of these packages in folders of the tests' own; trackio's is in `tests/conftest.py`."""
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRACKIO_DIR", str(home / "trackio"))
         patch.setenv("HOME", str(home))
         patch.setenv("NETRC", str(home / "netrc"))
         patch.setenv("WANDB_CONFIG_DIR", str(home / "wandb-config"))
