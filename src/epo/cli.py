@@ -49,6 +49,8 @@ INTERRUPTED = 130
 HALTED = 1
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as `seed=1`.")]
+_HOSTED = "A model behind a server"
+_OPTION_OF = {"key_variable": "api-key-env", "timeout_seconds": "timeout"}
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
@@ -123,13 +125,16 @@ def train(
     epilog="Examples:\n\n"
     "    epo eval runs/try1 --split ood --episodes 128\n\n"
     "    epo eval runs/try1 --checkpoint best\n\n"
-    "    epo eval path/to/model --recipe scienceworld-ppo --temperature 0\n",
+    "    epo eval path/to/model --recipe scienceworld-ppo --temperature 0\n\n"
+    "    epo eval --server http://localhost:8000/v1 --model NAME --recipe quickstart\n",
 )
 def evaluate_command(
-    target: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder or a model directory.")],
+    target: Annotated[
+        str | None, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder or a model directory; not with --server.")
+    ] = None,
     overrides: Overrides = None,
     recipe: Annotated[
-        str | None, typer.Option(help="How a model directory acts (agent and environment); a run knows it.")
+        str | None, typer.Option(help="How a model acts (agent and environment); a run knows it.")
     ] = None,
     checkpoint: Annotated[
         str | None,
@@ -139,10 +144,34 @@ def evaluate_command(
     split: Annotated[list[str] | None, typer.Option(help="Splits; default: the recipe's.")] = None,
     episodes: Annotated[int | None, typer.Option(min=1, help="Episodes per split; default: the recipe's.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy; default: the recipe's.")] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Play with a model of this OpenAI-like server.", rich_help_panel=_HOSTED),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Its name there.", rich_help_panel=_HOSTED)] = None,
+    api_key_env: Annotated[
+        str | None,
+        typer.Option(metavar="VARIABLE", help="Environment variable with the key.", rich_help_panel=_HOSTED),
+    ] = None,
+    concurrency: Annotated[
+        int | None,
+        typer.Option(min=1, help="Episodes at once; default: environment.workers.", rich_help_panel=_HOSTED),
+    ] = None,
+    request: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD=VALUE", help="A field of every request; null omits it.", rich_help_panel=_HOSTED),
+    ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="Seconds for one answer; default: 300.", rich_help_panel=_HOSTED),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for what was said; default: one in evals/.", rich_help_panel=_HOSTED),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Play the fixed panels with a trained policy and print success with its 95 % interval."""
-    from epo.evaluation.session import evaluate_target
     from epo.reporting.terminal.console import ConsoleObserver
 
     extra = list(overrides or ())
@@ -150,12 +179,55 @@ def evaluate_command(
     extra += [] if split is None else [f"evaluation.splits=[{', '.join(split)}]"]
     extra += [] if episodes is None else [f"evaluation.episodes={episodes}"]
     extra += [] if temperature is None else [f"evaluation.temperature={temperature}"]
+    hosted_options = {"model": model, "key_variable": api_key_env, "concurrency": concurrency, "request": request}
+    hosted_options |= {"timeout_seconds": timeout, "out": out}
+    if server is not None:
+        _evaluate_hosted(server, target, recipe, checkpoint, extra, as_json=as_json, **hosted_options)
+        return
+    for option, value in hosted_options.items():
+        if value is not None:
+            raise UserError(f"--{_OPTION_OF.get(option, option)} is for the model of a server: add --server URL")
+    if target is None:
+        raise UserError("give a run folder or a model directory, or --server URL")
+    from epo.evaluation.session import evaluate_target
+
     with ConsoleObserver(0, stderr) as observer:
-        results = evaluate_target(target, recipe=recipe, overrides=extra, observer=observer, checkpoint=checkpoint)
+        results = evaluate_target(
+            Path(target), recipe=recipe, overrides=extra, observer=observer, checkpoint=checkpoint
+        )
     if as_json:
         _print_json({result.split: result.as_dict() for result in results})
         return
     _print_panels(results)
+
+
+def _evaluate_hosted(
+    server: str, target: str | None, recipe: str | None, checkpoint: str | None, overrides: list[str], *, as_json: bool,
+    **options: Any,
+) -> None:  # fmt: skip
+    """`epo eval --server`."""
+    from epo.hosted.evaluation import evaluate_server
+    from epo.reporting.terminal.console import ConsoleObserver
+
+    if checkpoint is not None or (target is not None and "=" not in target):
+        raise UserError(
+            f"--server plays a model of a server, not {target or 'a checkpoint'}: leave that out; --recipe says which "
+            "panels, such as those of a run by --recipe RUN/config.yaml"
+        )
+    # Without a run or model the first override stands in its place.
+    overrides = overrides if target is None else [target, *overrides]
+    try:
+        with ConsoleObserver(0, stderr) as observer:
+            found = evaluate_server(server, recipe=recipe, overrides=overrides, observer=observer, **options)
+    except KeyboardInterrupt:
+        stderr.print("interrupted", highlight=False)
+        raise typer.Exit(INTERRUPTED) from None
+    if as_json:
+        _print_json(found.as_dict())
+        return
+    _print_panels(found.panels)
+    for line in found.describe():
+        stdout.print(visible(line), soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command(epilog="Example:\n\n    epo imitate scienceworld-ppo imitation.demonstrations=500\n")

@@ -104,6 +104,37 @@ class ContextFactory:
         return WindowContext(self._chat, self._prompt, list_actions=shown, window=self._config.window, room=room)
 
 
+def take_in(
+    trajectory: Trajectory, answer: Observation | Step | EnvironmentFailure, *, max_turns: int
+) -> Observation | None:
+    """Add what the environment answered to the last turn of `trajectory`.
+
+    Returns:
+        What the agent reads next; None when the episode is over, and `trajectory` says why.
+    """
+    if isinstance(answer, EnvironmentFailure):
+        trajectory.stop_reason, trajectory.error = StopReason.ENVIRONMENT_ERROR, str(answer)
+        return None
+    if isinstance(answer, Observation):
+        trajectory.instruction = answer.goal
+        return answer
+    if not (math.isfinite(answer.reward) and math.isfinite(answer.score)):
+        trajectory.stop_reason = StopReason.ENVIRONMENT_ERROR
+        trajectory.error = f"the environment answered with reward {answer.reward} and score {answer.score}"
+        return None
+    turn = trajectory.turns[-1]
+    turn.environment_reward = answer.reward
+    turn.understood, turn.score = answer.understood, answer.score
+    trajectory.success, trajectory.score = answer.success, answer.score
+    if answer.terminated:
+        trajectory.stop_reason = StopReason.SUCCESS if answer.success else StopReason.FAILURE
+        return None
+    if answer.truncated or len(trajectory.turns) >= max_turns:
+        trajectory.stop_reason = StopReason.MAX_TURNS
+        return None
+    return answer.observation
+
+
 class RolloutCollector:
     """Plays episodes with the current policy."""
 
@@ -191,32 +222,17 @@ class RolloutCollector:
 
     def _ends(self, episode: Episode, answer: Observation | Step | EnvironmentFailure) -> bool:
         trajectory = episode.trajectory
-        if isinstance(answer, EnvironmentFailure):
-            trajectory.stop_reason, trajectory.error = StopReason.ENVIRONMENT_ERROR, str(answer)
+        observation = take_in(trajectory, answer, max_turns=self._max_turns)
+        if observation is None:
             return True
-        if isinstance(answer, Observation):
-            episode.observation = answer
-            trajectory.instruction = answer.goal
-            episode.prompt_ids = episode.context.open(answer)
-        else:
+        episode.observation = observation
+        if trajectory.turns:
             turn = trajectory.turns[-1]
-            if not (math.isfinite(answer.reward) and math.isfinite(answer.score)):
-                trajectory.stop_reason = StopReason.ENVIRONMENT_ERROR
-                trajectory.error = f"the environment answered with reward {answer.reward} and score {answer.score}"
-                return True
-            turn.environment_reward = answer.reward
-            turn.understood, turn.score = answer.understood, answer.score
-            trajectory.success, trajectory.score = answer.success, answer.score
-            if answer.terminated:
-                trajectory.stop_reason = StopReason.SUCCESS if answer.success else StopReason.FAILURE
-                return True
-            if answer.truncated or len(trajectory.turns) >= self._max_turns:
-                trajectory.stop_reason = StopReason.MAX_TURNS
-                return True
-            episode.observation = answer.observation
             episode.prompt_ids = episode.context.advance(
-                turn.response_ids.tolist(), action=turn.action, observation=answer.observation
+                turn.response_ids.tolist(), action=turn.action, observation=observation
             )
+        else:
+            episode.prompt_ids = episode.context.open(observation)
         if len(episode.prompt_ids) > self._make_context.room:
             trajectory.stop_reason = StopReason.CONTEXT_OVERFLOW
             trajectory.error = (

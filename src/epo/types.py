@@ -29,6 +29,13 @@ class Alternatives(NamedTuple):
     """At training temperature, natural log."""
 
 
+class TokenCounts(NamedTuple):
+    """What one turn took, as a server counts that tells no ids."""
+
+    prompt: int
+    response: int
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
     """One thing to do, named so that it can be done again.
@@ -85,18 +92,21 @@ class StopReason(StrEnum):
     MAX_TURNS = "max_turns"
     CONTEXT_OVERFLOW = "context_overflow"
     ENVIRONMENT_ERROR = "environment_error"
+    SERVER_ERROR = "server_error"
+    """A server whose model is evaluated left a request without an answer. Never in training."""
 
     @property
     def is_error(self) -> bool:
-        """True when the environment, not the agent, ended the episode: nothing can be learnt from its outcome."""
-        return self is StopReason.ENVIRONMENT_ERROR
+        """True when the environment or a server, not the agent, ended the episode: its outcome teaches nothing."""
+        return self in (StopReason.ENVIRONMENT_ERROR, StopReason.SERVER_ERROR)
 
 
 @dataclass(kw_only=True, slots=True)
 class Turn:
     """One observation-action exchange, with the exact tokens the policy read and wrote.
 
-    `prompt_ids` and `response_ids` are what the sampler saw and drew; they are never re-encoded from text.
+    `prompt_ids` and `response_ids` are what the sampler saw and drew; they are never re-encoded from text. With a model
+    behind a server, which tells no ids, all arrays are empty.
     """
 
     prompt_ids: IntArray
@@ -136,6 +146,8 @@ class Turn:
     """Encoding the text of `response_ids` again gives other ids. For information: nothing here is encoded again."""
     policy_version: int = 0
     """Of the weights that drew `response_ids` (`Policy.version`)."""
+    counts: TokenCounts | None = None
+    """Of a turn without ids, where the server tells them."""
 
     @property
     def reward(self) -> float:
@@ -155,7 +167,7 @@ class Trajectory:
     success: bool = False
     score: float = 0.0
     error: str | None = None
-    """What the environment said when it failed, for `StopReason.ENVIRONMENT_ERROR`; which prompt found no room, for
+    """What the environment or the server said when it failed; which prompt found no room, for
     `StopReason.CONTEXT_OVERFLOW`."""
     restarts: int = 0
     """How often the environment died and the episode was replayed into a new one, or its rollout worker was lost and it

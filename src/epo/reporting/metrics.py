@@ -46,7 +46,8 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
     if not survivors:
         del metrics["reward/std"]
     for reason in StopReason:
-        metrics[f"stop/{reason.value}"] = sum(t.stop_reason is reason for t in trajectories) / count
+        if reason is not StopReason.SERVER_ERROR:
+            metrics[f"stop/{reason.value}"] = sum(t.stop_reason is reason for t in trajectories) / count
     # As in the entropy history: episodes that an environment error ended are no part of the policy's record.
     return metrics | entropy_metrics(survivors)
 

@@ -18,6 +18,7 @@ def trajectory_record(trajectory: Trajectory, *, step: int, group: int) -> dict[
         "step": step,
         "group": group,
         "task": trajectory.task.id,
+        "split": trajectory.task.split,
         "goal": trajectory.task.goal,
         "instruction": trajectory.instruction,
         "stop_reason": trajectory.stop_reason.value,
@@ -53,7 +54,7 @@ def index_entry(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "reward": round(sum(turn["reward"] for turn in turns), 6),
             "turns": len(turns),
             "invalid": sum(not turn["is_valid"] for turn in turns),
-            "tokens": sum(len(turn["response_ids"]) for turn in turns),
+            "tokens": sum(turn.get("response_tokens") or len(turn["response_ids"]) for turn in turns),
             "entropy": round(statistics.fmean(tokens), 5) if tokens else None,
         }
         for name in INDEX_COLUMNS:
@@ -70,7 +71,8 @@ INDEX_COLUMNS = ("group", "task", "goal", "success", "stop_reason", "reward", "t
 
 
 def _turn_record(turn: Turn) -> dict[str, Any]:
-    return {
+    counts = {} if turn.counts is None else {"response_tokens": turn.counts.response}
+    return counts | {
         "observation": turn.observation,
         "response": turn.response,
         "action": turn.action,
@@ -79,7 +81,7 @@ def _turn_record(turn: Turn) -> dict[str, Any]:
         "reward": turn.reward,
         "score": turn.score,
         "dropped_turns": turn.dropped_turns,
-        "prompt_tokens": len(turn.prompt_ids),
+        "prompt_tokens": len(turn.prompt_ids) or (turn.counts.prompt if turn.counts else None),
         "response_ids": turn.response_ids.tolist(),
         "logprobs": _rounded(turn.logprobs),
         "entropy": _rounded(turn.entropy),

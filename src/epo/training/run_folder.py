@@ -145,12 +145,20 @@ class RunFolder:
 
     def add_step(self, step: int, metrics: dict[str, float], groups: Sequence[TrajectoryGroup]) -> None:
         """Append a step. The trajectories come first, so a step in the metrics has its trajectories."""
+        _append(self.index_file, index_entry(self._write_records(step, groups)))
+        _append(self.metrics_file, {"step": step, **metrics})
+
+    def write_trajectories(self, step: int, groups: Sequence[TrajectoryGroup]) -> None:
+        """Write a step's trajectories, and its metrics nowhere; in place of any that are there."""
+        others = [line for line in read_lines(self.index_file) if line["step"] != step]
+        _write(self.index_file, [*others, index_entry(self._write_records(step, groups))])
+
+    def _write_records(self, step: int, groups: Sequence[TrajectoryGroup]) -> list[dict[str, Any]]:
         records = [
             trajectory_record(t, step=step, group=g) for g, group in enumerate(groups) for t in group.trajectories
         ]
         write_atomically(self.trajectories / f"step_{step:06d}.jsonl", "".join(map(_text_line, records)))
-        _append(self.index_file, index_entry(records))
-        _append(self.metrics_file, {"step": step, **metrics})
+        return records
 
     def add_vocabulary(self, pieces: Sequence[str]) -> None:
         """Keep the text of every token, which trajectories name by their ids."""

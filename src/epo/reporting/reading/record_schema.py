@@ -31,6 +31,8 @@ class _Turn(_Schema):
     score: Number
     prompt_tokens: Count | None = None
     dropped_turns: Count | None = None
+    response_tokens: Count | None = None
+    """Of a turn without ids, as the server that answered counts them."""
     response_ids: list[Token]
     logprobs: list[Logprob | None]
     entropy: list[Number | None]

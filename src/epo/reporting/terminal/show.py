@@ -45,6 +45,12 @@ def loss_mask(record: Record) -> list[list[bool]] | None:
     return [[turn.get("advantages") is not None] * len(turn["response_ids"]) for turn in record["turns"]]
 
 
+def is_hosted(record: Record) -> bool:
+    """The responses came from a server, as text without token ids."""
+    turns = record["turns"]
+    return any(turn["response"] for turn in turns) and not any(turn["response_ids"] for turn in turns)
+
+
 def step_table(stored: StoredTrajectories) -> Table:
     """One line per step."""
     table = _table("step", "trajectories", "success", "reward", "turns", "invalid", "entropy")
@@ -123,6 +129,7 @@ class TrajectoryView:
         self._whole = whole
         self._wants_mask = mask
         self._mask = loss_mask(record) if mask else None
+        self._is_hosted = is_hosted(record)
 
     def render(self) -> Iterator[RenderableType]:
         """What is printed, from top to bottom."""
@@ -130,13 +137,14 @@ class TrajectoryView:
         yield from self._legend()
         for number, turn in enumerate(self._record["turns"]):
             yield from self._turn(number, turn)
-        if self._top:
+        if self._top and not self._is_hosted:
             yield from self._uncertain()
 
     def _head(self) -> Iterator[RenderableType]:
         record = self._record
         facts = {
             "task": visible(str(record["task"])),
+            "split": visible(str(record.get("split") or "")),
             "type": visible(str(record["goal"])),
             "ended by": visible(str(record["stop_reason"])),
             "success": "yes" if record["success"] else "no",
@@ -148,13 +156,16 @@ class TrajectoryView:
             facts["trained on"] = "yes" if record["trained"] else "no"
         if record.get("restarts"):
             facts["restarts"] = str(record["restarts"])
-        yield Text("   ".join(f"{name} {value}" for name, value in facts.items()))
+        yield Text("   ".join(f"{name} {value}" for name, value in facts.items() if value))
         if record.get("instruction"):
             yield Text(f"asked: {visible_lines(str(record['instruction']))}")
         if record.get("error"):
             yield Text(f"error: {visible_lines(str(record['error']))}")
 
     def _legend(self) -> Iterator[RenderableType]:
+        if self._is_hosted:
+            yield Text("as text: the server that answered tells no token ids, log-probabilities and entropies")
+            return
         is_recorded = any(turn.get(self._scale.field) is not None for turn in self._record["turns"])
         if is_recorded:
             yield self._scale.legend(coloured=self._coloured)
@@ -179,6 +190,8 @@ class TrajectoryView:
         ]
         if turn.get("prompt_tokens") is not None:
             remarks.append(f"prompt {turn['prompt_tokens']} tokens")
+        if turn.get("response_tokens") is not None:
+            remarks.append(f"response {turn['response_tokens']} tokens")
         if turn.get("dropped_turns"):
             remarks.append(f"{turn['dropped_turns']} earlier turns left out")
         if not turn["is_valid"]:
@@ -191,8 +204,8 @@ class TrajectoryView:
         grid.add_column(overflow="fold", ratio=1)
         aside = _DIM if self._mask is not None else Style()
         grid.add_row("reads", Text(self._folded(turn["observation"]), aside))
-        grid.add_row("writes", self._tokens(number, turn))
-        if not self._has_vocabulary:
+        grid.add_row("writes", Text(self._folded(turn["response"])) if self._is_hosted else self._tokens(number, turn))
+        if not (self._has_vocabulary or self._is_hosted):
             grid.add_row("text", Text(self._folded(turn["response"]), aside))
         if turn["action"] != turn["response"]:
             grid.add_row("does", Text(self._folded(turn["action"]), aside))

@@ -1,0 +1,1 @@
+"""Models behind an OpenAI-compatible server: measured on the same panels, by text instead of token ids."""
