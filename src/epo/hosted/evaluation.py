@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -181,7 +182,9 @@ def evaluate_hosted(
 
 def _default_folder(model: str) -> Path:
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in model).strip("-.")[:100] or "model"
-    return Path("evals") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path = Path("evals") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    others = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(p for p in itertools.chain([path], others) if not p.exists())
 
 
 def _create(path: Path, config: Config, facts: Mapping[str, Any]) -> RunFolder:
