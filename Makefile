@@ -6,6 +6,7 @@
 # make crosscheck   compare the objectives with what verl and TRL ship
 # make chaos-runs   kill runs at random moments and compare what they leave with runs that nothing stopped
 # make fuzz    throw a few hundred thousand hostile inputs, and count what became of them
+# make hosted   measure a model here and behind a server that others wrote, and compare every action
 # make soak    ten thousand resets of real environments, and what grows meanwhile
 # make audit   known vulnerabilities of the pinned packages (asks their databases)
 # make chaos   what a run on Ray loses, and how long it takes to go on, when something dies under it
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 NAME ?= quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: train test browser lint docs alfworld reproduce-smoke crosscheck test-vllm chaos-runs chaos fuzz soak audit test-adapters clean
+.PHONY: train test browser lint docs alfworld reproduce-smoke crosscheck test-vllm chaos-runs chaos fuzz soak audit test-adapters hosted clean
 
 train: $(VENV)/.train
 	$(BIN)/epo train quickstart --name $(NAME)
@@ -98,6 +99,16 @@ test-vllm: .venv-vllm/.installed
 	.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --editable .
 	@touch $@
 
+hosted: $(VENV)/.train .venv-server/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/hosted_eval.py
+
+.venv-server/.installed: requirements/server.txt
+	@echo "installing transformers' server into .venv-server ..."
+	@$(PYTHON) -m venv .venv-server
+	.venv-server/bin/python -m pip --disable-pip-version-check install --quiet --constraint $< torch
+	.venv-server/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement $<
+	@touch $@
+
 # Bounded: every run of it has a limit.
 chaos: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py
@@ -120,4 +131,4 @@ $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt requirements/alfworl
 	@touch $@ $(VENV)/.train
 
 clean:
-	rm -rf $(VENV) .venv-crosscheck .venv-vllm .venv-audit build *.egg-info
+	rm -rf $(VENV) .venv-crosscheck .venv-vllm .venv-audit .venv-server build *.egg-info
