@@ -11,10 +11,10 @@ from functools import cache
 
 import numpy as np
 import pytest
-from chat_templates import RESPONSES, STYLES, style_tokenizer
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from chat_templates import DATE, RESPONSES, STYLES, conversations, style_tokenizer
 from epo.agent.chat import ChatFormat
 from epo.agent.context import TranscriptContext
 from epo.agent.prompts import Prompt
@@ -152,7 +152,7 @@ def test_other_text_is_encoded_in_one_piece_with_what_the_template_puts_around_i
     special = [token.content for token in chat.tokenizer.added_tokens_decoder.values() if token.special]
     assume(not any(token in seen for token in special))
     rendered = chat.tokenizer.apply_chat_template(
-        [{"role": "user", "content": seen}], tokenize=False, add_generation_prompt=True
+        [{"role": "user", "content": seen}], tokenize=False, add_generation_prompt=True, date_string=DATE
     )
     assert chat.first_prompt(seen) == chat.tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
@@ -161,16 +161,18 @@ def test_other_text_is_encoded_in_one_piece_with_what_the_template_puts_around_i
 @pytest.mark.parametrize("name", STYLES)
 def test_where_the_template_would_render_the_conversation_differently(name: str, kind: str) -> None:
     """The table of docs/context.md."""
-    chat = chat_of(name)
-    prompt = chat.first_prompt("Go on.")
+    transcript, anew = conversations(chat_of(name), RESPONSES[kind])
+    assert (transcript != anew) == (kind in STYLES[name].differs)
+
+
+def test_the_day_is_the_same_on_every_day() -> None:
+    chat = chat_of("llama3_2")
+    text = chat.tokenizer.decode(chat.first_prompt("Go on."))
+    assert "Today Date: 26 Jul 2024\n" in text
+    # The template asks the clock where it is not told otherwise.
     messages = [{"role": "user", "content": "Go on."}]
-    for number in range(3):
-        drawn = chat.response_ids(RESPONSES[kind])
-        prompt = [*prompt, *drawn, *chat.next_message(f"Door {number}.", after=drawn)]
-        messages += [{"role": "assistant", "content": RESPONSES[kind]}, {"role": "user", "content": f"Door {number}."}]
-    rendered = chat.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    anew = chat.tokenizer(rendered, add_special_tokens=False)["input_ids"]
-    assert (prompt != anew) == (kind in STYLES[name].differs)
+    asked = chat.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert asked != text and asked.count("Today Date: ") == 1
 
 
 @given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=30))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from chat_templates import RESPONSES, STYLES, conversations
 from epo.config import ModelConfig
 from epo.models.catalogue import SMOLLM2, Pulled, pull
 from epo.training.imitation import _fingerprint
@@ -81,6 +82,13 @@ def test_the_chat_template(smollm2: Policy) -> None:
     )
     assert smollm2.chat.stop_id == smollm2.tokenizer.convert_tokens_to_ids("<|im_end|>") == 2
     assert smollm2.chat.first_prompt("Hello")[0] == 1  # one token, not its letters
+
+
+@pytest.mark.parametrize("kind", RESPONSES)
+def test_its_template_and_tokenizer_are_those_of_the_table(smollm2: Policy, kind: str) -> None:
+    """docs/context.md; elsewhere small equivalents stand for them."""
+    transcript, anew = conversations(smollm2.chat, RESPONSES[kind])
+    assert (transcript != anew) == (kind in STYLES["smollm2"].differs)
 
 
 @pytest.mark.parametrize(

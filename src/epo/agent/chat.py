@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from datetime import date
 from typing import Any
 
 from epo.errors import UserError
@@ -12,6 +13,9 @@ from epo.errors import UserError
 _ASSISTANT_MARK = "epoassistantmark"
 _USER_MARK = "epousermark"
 _CONTROL_MARK = "epocontrolmark"
+_THE_DAY = date(2024, 7, 26)
+"""What templates that ask for today's date (Llama 3.2) are told, so that a run reads the same prompts on every day. It
+is the date that Meta's templates fall back to."""
 
 
 class ChatFormat:
@@ -133,7 +137,10 @@ class ChatFormat:
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         """Up to where the assistant answers."""
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        rendered = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, strftime_now=_THE_DAY.strftime
+        )
+        return str(rendered)
 
     def _encode(self, text: str, *, as_text: bool = False) -> list[int]:
         """`as_text`: the text of control tokens is no control token.

@@ -8,6 +8,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, pre_tokenizers
 
+from epo.agent.chat import ChatFormat
 from epo.training.tiny import ASSISTANT, CHAT_TEMPLATE, END, USER, build_tokenizer
 
 
@@ -36,7 +37,7 @@ RESPONSES = {
 
 
 def shipped(name: str) -> str:
-    return (Path(__file__).parent / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    return (Path(__file__).parent / "agent" / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -47,6 +48,8 @@ TRIMMED = frozenset({"padded"})
 # The newline of the header and the one that the response begins with are one token to whoever encodes them together.
 MERGED = frozenset({"padded"})
 SPACED = frozenset(RESPONSES)
+DATE = "26 Jul 2024"
+"""What Llama 3.2's template names where it cannot ask the clock."""
 
 STYLES = {
     "tiny": Style(template=CHAT_TEMPLATE, special=(END, USER, ASSISTANT), eos=END, stop=END),
@@ -90,7 +93,7 @@ STYLES = {
     "llama3": Style(
         template=shipped("llama3"), lines=True, special=LLAMA3, eos="<|eot_id|>", stop="<|eot_id|>", differs=TRIMMED
     ),
-    # Begins with today's date.
+    # Begins with the date.
     "llama3_2": Style(
         template=shipped("llama3_2"), lines=True, special=LLAMA3, eos="<|eot_id|>", stop="<|eot_id|>", differs=TRIMMED
     ),
@@ -129,6 +132,19 @@ STYLES = {
         differs=SPACED,
     ),
 }
+
+
+def conversations(chat: ChatFormat, response: str) -> tuple[list[int], list[int]]:
+    """Ids of a conversation of four messages with `response` between them: as a transcript, and as the template renders
+    all of it anew."""
+    prompt = chat.first_prompt("Go on.")
+    messages = [{"role": "user", "content": "Go on."}]
+    for number in range(3):
+        drawn = chat.response_ids(response)
+        prompt = [*prompt, *drawn, *chat.next_message(f"Door {number}.", after=drawn)]
+        messages += [{"role": "assistant", "content": response}, {"role": "user", "content": f"Door {number}."}]
+    text = chat.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, date_string=DATE)
+    return prompt, chat.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def style_tokenizer(name: str) -> Any:
