@@ -250,3 +250,26 @@ def test_a_nucleus_needs_a_mass(top_p: float) -> None:
         logits_nucleus_entropy(torch.zeros(1, 2), top_p=top_p)
     with pytest.raises(ValueError, match="top_p"):
         nucleus_entropy(torch.zeros(1, 2), torch.zeros(3, 2), top_p=top_p)
+
+
+@pytest.mark.parametrize("softcap", [0.7, 30.0])
+def test_capped_logits(softcap: float) -> None:
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randn(9, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(11, generator=generator, dtype=torch.float64)
+    bias[3] = -torch.inf
+    options = {"top_p": 0.8, "temperature": 1.3}
+    found = nucleus_entropy(hidden, weight, head_bias=bias, logit_softcap=softcap, tile_tokens=4, **options)
+    with_entry = [v for v in range(11) if v != 3]
+    raw = hidden @ weight[with_entry].T + bias[with_entry]
+    exponent = torch.exp(2 * raw / softcap)
+    expected = logits_nucleus_entropy(softcap * (exponent - 1) / (exponent + 1) / 1.3, top_p=0.8)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    for ours, theirs in zip(
+        torch.autograd.grad(found.sum(), (hidden, weight)), torch.autograd.grad(expected.sum(), (hidden, weight)),
+        strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
+    with pytest.raises(ValueError, match="logit_softcap must be > 0"):
+        nucleus_entropy(hidden, weight, top_p=0.8, logit_softcap=0.0)

@@ -22,6 +22,8 @@ from transformers import (
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    VaultGemmaConfig,
+    VaultGemmaForCausalLM,
 )
 
 from epo.config import ModelConfig
@@ -177,20 +179,21 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 ARCHITECTURES: dict[str, tuple[Any, Any, dict[str, Any], str | None]] = {
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}, None),
     "mistral, wide window": (MistralConfig, MistralForCausalLM, {"sliding_window": 256}, None),
-    "mistral, window": (
-        MistralConfig,
-        MistralForCausalLM,
-        {"sliding_window": 255},
-        "set model.max_context to 255 or less",
-    ),
+    "mistral, window": (MistralConfig, MistralForCausalLM, {"sliding_window": 16}, None),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"use_sliding_window": False, "sliding_window": 16}, None),
     "qwen2, window in some layers": (
         Qwen2Config,
         Qwen2ForCausalLM,
         {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
-        "set model.max_context to 16 or less",
+        None,
     ),
-    "gemma2": (Gemma2Config, Gemma2ForCausalLM, {"head_dim": 16}, "whose head applies final_logit_softcapping"),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM, {"head_dim": 16}, None),
+    "vaultgemma": (
+        VaultGemmaConfig,
+        VaultGemmaForCausalLM,
+        {"head_dim": 16},
+        "whose head applies final_logit_softcapping in a way that was not tested",
+    ),
     "llama, positions by length": (
         LlamaConfig,
         LlamaForCausalLM,
@@ -231,6 +234,17 @@ def test_architectures_that_would_be_computed_wrongly_are_refused(
         message = refusal(folder, tiny_config)
         assert expected in message
         assert str(folder) in message
+
+
+def test_capped_attention_scores_need_kernels_that_cap(folder: Path, tiny_config: ModelConfig, policy: Policy) -> None:
+    sizes = {"vocab_size": len(policy.tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "eos_token_id": 0}
+    Gemma2ForCausalLM(Gemma2Config(**sizes, **heads)).save_pretrained(folder)
+    for attention in ("auto", "eager"):
+        chosen = load_policy(folder, tiny_config.model_copy(update={"attention": attention}))
+        assert "attention eager" in chosen.describe()
+    message = refusal(folder, tiny_config.model_copy(update={"attention": "sdpa"}))
+    assert "caps attention scores, which model.attention=sdpa does not: set model.attention to auto or eager" in message
 
 
 def test_a_models_own_code_is_neither_run_nor_offered(

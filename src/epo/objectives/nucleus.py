@@ -22,9 +22,10 @@ def nucleus_entropy(
     top_p: float,
     head_bias: Tensor | None = None,
     temperature: float = 1.0,
+    logit_softcap: float | None = None,
     tile_tokens: int = 64,
 ) -> Tensor:
-    """`logits_nucleus_entropy` of z = (hidden @ weight^T + bias) / temperature, from hidden states.
+    """`logits_nucleus_entropy` of z = cap(hidden @ weight^T + bias) / temperature, from hidden states.
 
     Logits exist for a tile of tokens at a time and are computed again in backward, so that the tokens x vocabulary
     matrix never exists. Computed in float32 (float64 if an input is float64), also under autocast; a bfloat16 weight is
@@ -36,6 +37,7 @@ def nucleus_entropy(
         top_p: least mass of the nucleus, in (0, 1].
         head_bias: [V] or None; -inf excludes a vocabulary entry.
         temperature: the sampling temperature of the policy that is trained; > 0.
+        logit_softcap: c of models that cap their final logits, cap(x) = c tanh(x / c); > 0, or None.
         tile_tokens: tokens per tile; about eight tiles of `tile_tokens * V` values are alive at once.
 
     Returns:
@@ -55,6 +57,8 @@ def nucleus_entropy(
         raise ValueError(f"temperature must be > 0, got {temperature}; a greedy policy has no entropy to train")
     if tile_tokens < 1:
         raise ValueError(f"tile_tokens must be at least 1, got {tile_tokens}")
+    if logit_softcap is not None and not logit_softcap > 0:
+        raise ValueError(f"logit_softcap must be > 0 or None, got {logit_softcap}")
     _check_mass(top_p)
     is_double = torch.float64 in (hidden_N_D.dtype, head_weight_V_D.dtype)
     dtype = torch.float64 if is_double else torch.float32
@@ -65,6 +69,9 @@ def nucleus_entropy(
             logits = hidden.to(dtype) @ weight_V_D.T
             if head_bias is not None:
                 logits = logits + head_bias.to(dtype)
+            if logit_softcap is not None:
+                capped = logit_softcap * torch.tanh(logits / logit_softcap)
+                logits = capped.masked_fill(logits == -torch.inf, -torch.inf)
             return logits_nucleus_entropy(logits / temperature, top_p=top_p)
 
     # The stubs of torch leave `checkpoint` and `split` untyped.

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from epo.sampling.forward import Forward, Row
+from epo.training.attention import score_cap, sliding_window
 from epo.training.policy import Policy
 
 
@@ -73,6 +74,10 @@ class GenericForward(Forward):
 
     def __init__(self, policy: Policy, *, num_slots: int) -> None:
         self._policy = policy
+        self._config: Any = policy.model.config
+        self._window = sliding_window(self._config)
+        # The kernels that take a mask of any shape, of those that compute all that the model asks for.
+        self._attention = "sdpa" if score_cap(self._config) is None else "eager"
         # Padded queries of a ragged prefill write behind their row's end, at positions that later tokens overwrite
         # before any mask shows them; the spare position takes those that would fall off the end.
         self._length = policy.max_context + 1
@@ -93,13 +98,12 @@ class GenericForward(Forward):
         view.positions_B_Q = positions_B_Q.to(device)
         view.used = int(positions_B_Q.max()) + 1
         view.is_prefix = slots == list(range(len(slots)))
-        mask_B_1_Q_L = torch.arange(view.used, device=device) <= view.positions_B_Q[:, None, :, None]
         adapters = self._policy.adapters
         using = nullcontext() if adapters is None else adapters.using(self._policy.adapter)
-        with self._policy.autocast(), using, _masked_attention(self._policy.model.config):
+        with self._policy.autocast(), using, _masked_attention(self._config, self._attention):
             out = self._policy.trunk(
                 input_ids=ids_B_Q.to(device),
-                attention_mask=mask_B_1_Q_L,
+                attention_mask=self._attention_mask(),
                 position_ids=view.positions_B_Q,
                 past_key_values=self._cache,
                 use_cache=True,
@@ -108,16 +112,34 @@ class GenericForward(Forward):
 
     def logits(self, hidden_B_D: Tensor) -> Tensor:
         # In fp32 whatever the model's precision is, as the learner's head computes it.
-        head = self._policy.head(hidden_B_D)
-        bias_V = None if head.bias_V is None else head.bias_V.float()
-        return torch.nn.functional.linear(head.hidden_N_D.float(), head.weight_V_D.float(), bias_V)
+        return self._policy.head(hidden_B_D).logits()
+
+    def _attention_mask(self) -> Tensor | dict[str, Tensor]:
+        """What the new tokens see: [B, 1, Q, L], or that for each kind of layer."""
+        view = self._view
+        age_B_1_Q_L = view.positions_B_Q[:, None, :, None] - torch.arange(view.used, device=self._policy.device)
+        is_past_B_1_Q_L = age_B_1_Q_L >= 0
+        everything = self._as_mask(is_past_B_1_Q_L)
+        if self._window is None:
+            return everything
+        near = self._as_mask(is_past_B_1_Q_L & (age_B_1_Q_L < self._window))
+        if getattr(self._config, "layer_types", None) is None:
+            return near
+        return {"full_attention": everything, "sliding_attention": near}
+
+    def _as_mask(self, is_seen: Tensor) -> Tensor:
+        if self._attention == "sdpa":
+            return is_seen
+        dtype = self._policy.head_weight_V_D.dtype  # eager adds the mask to the scores
+        return torch.zeros(is_seen.shape, dtype=dtype, device=is_seen.device).masked_fill_(
+            ~is_seen, torch.finfo(dtype).min
+        )
 
 
 @contextmanager
-def _masked_attention(config: Any) -> Iterator[None]:
-    """The kernels that take a mask of any shape: eager would add ours to the scores, flash attention take none."""
+def _masked_attention(config: Any, attention: str) -> Iterator[None]:
     before = config._attn_implementation
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = attention
     try:
         yield
     finally:

@@ -24,6 +24,7 @@ from torch.nn import functional
 from epo.sampling.forward import Forward, Row
 from epo.sampling.keys import SlotKeys
 from epo.sampling.packed import PackedLinear, UnknownLinear, weight_and_bias
+from epo.training.attention import sliding_window
 from epo.training.policy import Policy
 
 _ARCHITECTURES = ("Llama", "Mistral", "Qwen2", "Qwen3")
@@ -296,6 +297,8 @@ def _refuse_unknown(policy: Policy) -> None:
     config = trunk.config
     if config.hidden_act != "silu":
         raise NotLean(f"its activation is {config.hidden_act}")
+    if (window := sliding_window(config)) is not None and window < policy.max_context:
+        raise NotLean(f"some of its layers see {window} tokens only")
     rotation = trunk.rotary_emb.rope_type
     if rotation not in _ROTATIONS:
         raise NotLean(f"its rotary positions are {rotation}")

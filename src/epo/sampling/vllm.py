@@ -25,6 +25,7 @@ from epo.errors import UserError
 from epo.sampling._vllm_engine import Engine, EngineDied, EngineRefused, require_vllm
 from epo.sampling.base import Completion, Request, Sampler
 from epo.training.adapters import effective_weight
+from epo.training.attention import logit_cap
 from epo.training.policy import Policy
 from epo.types import Alternatives, FloatArray
 
@@ -53,6 +54,11 @@ class VllmSampler(Sampler):
 
     def __init__(self, policy: Policy, config: SamplerConfig, *, max_episodes: int) -> None:
         require_vllm()
+        if logit_cap(policy.model.config) is not None:
+            raise UserError(
+                f"sampler.name='vllm' takes the training temperature into the weights of the head, which the cap on "
+                f"the logits of model.path={policy.model.name_or_path!r} does not allow: set sampler.name=local"
+            )
         self._policy = policy
         self._config = config
         self._max_episodes = max_episodes
@@ -279,8 +285,6 @@ def learner_logprobs(policy: Policy, sequences: Sequence[Sequence[int]], *, temp
     for sequence in sequences:
         ids_T = torch.tensor(list(sequence), device=policy.device)
         head = policy.head(policy.hidden(ids_T[None])[0, :-1])
-        bias_V = None if head.bias_V is None else head.bias_V.float()
-        logits_N_V = torch.nn.functional.linear(head.hidden_N_D.float(), head.weight_V_D.float(), bias_V)
-        logprobs_N_V = torch.log_softmax(logits_N_V / temperature, dim=-1)
+        logprobs_N_V = torch.log_softmax(head.logits() / temperature, dim=-1)
         found.append(logprobs_N_V.gather(1, ids_T[1:, None])[:, 0].double().cpu().numpy())
     return np.concatenate(found)

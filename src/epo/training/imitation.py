@@ -134,7 +134,7 @@ def _imitation_step(
         hidden_B_T_D = policy.hidden(micro.token_ids_B_T, micro.lengths_B)
         head = policy.head(hidden_B_T_D[micro.row_n, micro.source_n])
         logprobs_n, _ = token_logprobs_and_entropy(
-            head.hidden_N_D, head.weight_V_D, micro.targets_n, head_bias=head.bias_V
+            head.hidden_N_D, head.weight_V_D, micro.targets_n, head_bias=head.bias_V, logit_softcap=head.softcap
         )
         torch.autograd.backward(-(weights_N[micro.index_n] * logprobs_n).sum())
         expert_loss -= (expert_weights_N[micro.index_n] * logprobs_n.detach()).sum().item()

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from epo.config import ModelConfig
 from epo.errors import UserError
+from epo.training.attention import CAPPED_LOGITS, CAPPING, layer_kinds, logit_cap, score_cap
 from epo.training.hardware import resolve_attention, resolve_device
 
 
@@ -45,6 +46,8 @@ def load_directory(folder: Path, config: ModelConfig) -> tuple[Any, Any]:
             f"model.path={str(folder)!r} cannot be loaded ({reason}): copy the directory again, completely, "
             "or choose a model that this version of transformers knows"
         ) from None
+    if config.attention == "auto" and score_cap(model.config) is not None and attention not in CAPPING:
+        model.set_attn_implementation("eager")
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would go on with random numbers in their place
         raise UserError(
@@ -150,31 +153,31 @@ def refuse_unsupported(model: Any, *, max_context: int) -> None:
     """Refuse what losses and sampler would compute wrongly.
 
     Raises:
-        UserError: the head is more than a linear layer, or attention does not reach over `max_context`.
+        UserError: the head is more than a linear layer and a cap, or attention is computed otherwise than it should be.
     """
     config = model.config
     what = f"model.path={model.name_or_path!r} holds a model of type {getattr(config, 'model_type', '?')!r}"
     instead = "choose a model of another family, Llama or Qwen for example"
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+    for name in ("logit_scale", "logits_scaling"):
         if getattr(config, name, None) not in (None, 1, 1.0):
             raise UserError(f"{what}, whose head applies {name}, which the losses do not: {instead}")
-    window = getattr(config, "sliding_window", None)
-    # Where the layers are not told apart (Mistral, Phi), a window is that of all of them.
-    layers = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+    if logit_cap(config) is not None and config.model_type not in CAPPED_LOGITS:
+        raise UserError(f"{what}, whose head applies final_logit_softcapping in a way that was not tested: {instead}")
+    layers = layer_kinds(config)
     if layers - {"full_attention", "sliding_attention"}:
         raise UserError(
             f"{what} with layers of kind {', '.join(sorted(layers))}, which the sampler cannot keep: {instead}"
+        )
+    if score_cap(config) is not None and config._attn_implementation not in CAPPING:
+        raise UserError(
+            f"{what} that caps attention scores, which model.attention={config._attn_implementation} does not: "
+            "set model.attention to auto or eager"
         )
     longest = _unchanging_positions(config)
     if longest is not None and longest < max_context:
         raise UserError(
             f"{what} whose positions are turned otherwise in texts of more than {longest} tokens, which keys kept from "
             f"a shorter text do not follow: set model.max_context to {longest} or less"
-        )
-    if "sliding_attention" in layers and window and window < max_context:
-        raise UserError(
-            f"{what} that attends to {window} tokens only in some layers, which the sampler does not: "
-            f"set model.max_context to {window} or less"
         )
 
 

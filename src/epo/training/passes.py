@@ -50,13 +50,19 @@ class Passes:
             micro.targets_n,
             head_bias=head.bias_V,
             temperature=self._temperature,
+            logit_softcap=head.softcap,
         )
 
     def nucleus(self, policy: Policy, hidden_B_T_D: Tensor, micro: MicroBatch, *, top_p: float) -> Tensor:
         """Entropies [n] of the trained tokens' nuclei of mass `top_p`."""
         head = policy.head(hidden_B_T_D[micro.row_n, micro.source_n])
         return nucleus_entropy(
-            head.hidden_N_D, head.weight_V_D, top_p=top_p, head_bias=head.bias_V, temperature=self._temperature
+            head.hidden_N_D,
+            head.weight_V_D,
+            top_p=top_p,
+            head_bias=head.bias_V,
+            temperature=self._temperature,
+            logit_softcap=head.softcap,
         )
 
     @torch.no_grad()

@@ -30,6 +30,7 @@ from epo.training.adapters import (
     files_digest,
     tensors_digest,
 )
+from epo.training.attention import logit_cap
 from epo.training.hardware import resolve_compute, resolve_device
 from epo.training.linear import through_onednn
 from epo.training.model_directory import load_directory, load_tokenizer, refuse_unsupported
@@ -44,6 +45,14 @@ class HeadInputs(NamedTuple):
     hidden_N_D: Tensor
     weight_V_D: Tensor
     bias_V: Tensor | None
+    softcap: float | None
+    """c of logits that are capped, c tanh(logit / c); None for those that are not."""
+
+    def logits(self) -> Tensor:
+        """[N, V] in float32, not yet divided by a temperature."""
+        bias_V = None if self.bias_V is None else self.bias_V.float()
+        logits_N_V = nn.functional.linear(self.hidden_N_D.float(), self.weight_V_D.float(), bias_V)
+        return logits_N_V if self.softcap is None else self.softcap * torch.tanh(logits_N_V / self.softcap)
 
 
 class Policy:
@@ -124,10 +133,10 @@ class Policy:
 
         Where products are computed in bfloat16 both factors are rounded to it, so that sampler and learner agree.
         """
-        weight_V_D, bias_V = self.head_weight_V_D, self.head_bias_V
+        weight_V_D, bias_V, softcap = self.head_weight_V_D, self.head_bias_V, logit_cap(self.model.config)
         if self.compute is torch.float32:
-            return HeadInputs(hidden_N_D, weight_V_D, bias_V)
-        return HeadInputs(hidden_N_D.to(self.compute), self._rounded(weight_V_D), bias_V)
+            return HeadInputs(hidden_N_D, weight_V_D, bias_V, softcap)
+        return HeadInputs(hidden_N_D.to(self.compute), self._rounded(weight_V_D), bias_V, softcap)
 
     def _rounded(self, weight_V_D: Tensor) -> Tensor:
         """The head in the type of the products; rounded once where it is frozen."""
