@@ -13,6 +13,8 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -106,6 +108,9 @@ FAMILIES = {
         model=SmolLM3ForCausalLM,
         options={"no_rope_layers": [1, 1, 0], "tie_word_embeddings": True},
         path="generic",
+    ),
+    "gemma": Family(
+        template="gemma", config=GemmaConfig, model=GemmaForCausalLM, options={"head_dim": 16}, path="generic"
     ),
     "gemma2": Family(
         template="gemma",

@@ -17,7 +17,7 @@ from epo.config import Config
 from epo.environments import make_suite
 from epo.environments.pool import EnvPool
 from epo.packing import pack
-from epo.recipe import parse_config
+from epo.recipe import apply_overrides, parse_config
 from epo.rollout import EpisodeSpec
 from epo.sampling.local import LocalSampler
 from epo.training.learner import Learner
@@ -72,6 +72,13 @@ def as_transformers_says(folder: Path, trajectory: Trajectory) -> tuple[np.ndarr
     return torch.cat([a for a, _ in found]).numpy(), torch.cat([b for _, b in found]).numpy()
 
 
+def groups_of(trajectories: list[Trajectory]) -> list[TrajectoryGroup]:
+    """Of four episodes, two groups, with rewards to learn from."""
+    for number, turn in enumerate(turn for t in trajectories for turn in t.turns):
+        turn.environment_reward = float(number % 5 == 0)
+    return [TrajectoryGroup(task=TASKS[n], trajectories=trajectories[2 * n : 2 * n + 2]) for n in range(2)]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_whole_way(name: str, pool: EnvPool, tmp_path: Path) -> None:
     family = FAMILIES[name]
@@ -97,12 +104,9 @@ def test_the_whole_way(name: str, pool: EnvPool, tmp_path: Path) -> None:
         np.testing.assert_allclose(np.concatenate([t.logprobs for t in trajectory.turns]), logprobs, atol=TOLERANCE)
         np.testing.assert_allclose(np.concatenate([t.entropy for t in trajectory.turns]), entropy, atol=TOLERANCE)
         assert entropy.std() > 0.01, "the model minds what it reads"
-    groups = [TrajectoryGroup(task=TASKS[n], trajectories=trajectories[2 * n : 2 * n + 2]) for n in range(2)]
-    for number, turn in enumerate(t for group in groups for t in group.trajectories for t in t.turns):
-        turn.environment_reward = float(number % 5 == 0)  # something to learn from
     learner = Learner(policy, config, control_of(config))
     before = {key: tensor.clone() for key, tensor in policy.model.state_dict().items()}
-    metrics = learner.update(groups, step=0)
+    metrics = learner.update(groups_of(trajectories), step=0)
     assert metrics["sampler/mismatch_kl"] < 1e-6 and abs(metrics["policy/kl"]) < 1e-6
 
     # The update reached every weight; what is saved is what was trained.
@@ -118,3 +122,13 @@ def test_the_whole_way(name: str, pool: EnvPool, tmp_path: Path) -> None:
         for a, b in zip(ours.turns, theirs.turns, strict=True):
             assert a.response_ids.tolist() == b.response_ids.tolist()
             np.testing.assert_allclose(a.logprobs, b.logprobs, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "phi3"])
+def test_rounded_products_and_adapters(name: str, pool: EnvPool, tmp_path: Path) -> None:
+    folder = make_directory(name, tmp_path / "model")
+    config = apply_overrides(config_of(folder, "grpo"), ["model.compute=bfloat16", "model.lora.rank=4"])
+    policy = load_policy(folder, config.model)
+    trajectories = play(policy, config, pool, LocalSampler(policy, max_episodes=2))
+    metrics = Learner(policy, config, control_of(config)).update(groups_of(trajectories), step=0)
+    assert metrics["sampler/mismatch_kl"] < 1e-3 and metrics["policy/grad_norm"] > 0

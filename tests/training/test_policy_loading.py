@@ -16,6 +16,8 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -234,6 +236,18 @@ def test_architectures_that_would_be_computed_wrongly_are_refused(
         message = refusal(folder, tiny_config)
         assert expected in message
         assert str(folder) in message
+
+
+def test_models_that_read_images_too_are_refused(folder: Path, tiny_config: ModelConfig, policy: Policy) -> None:
+    count = len(policy.tokenizer)
+    text = {"vocab_size": count + 3, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}  # fmt: skip
+    image = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "image_size": 28, "patch_size": 14}  # fmt: skip
+    ids = {"image_token_id": count, "boi_token_id": count + 1, "eoi_token_id": count + 2}
+    config = Gemma3Config(text_config=text, vision_config=image, mm_tokens_per_image=1, **ids)
+    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    assert "reads more than text: choose one that reads text only" in refusal(folder, tiny_config)
 
 
 def test_capped_attention_scores_need_kernels_that_cap(folder: Path, tiny_config: ModelConfig, policy: Policy) -> None:

@@ -158,6 +158,8 @@ def refuse_unsupported(model: Any, *, max_context: int) -> None:
     config = model.config
     what = f"model.path={model.name_or_path!r} holds a model of type {getattr(config, 'model_type', '?')!r}"
     instead = "choose a model of another family, Llama or Qwen for example"
+    if config.get_text_config() is not config:
+        raise UserError(f"{what}, which reads more than text: choose one that reads text only")
     for name in ("logit_scale", "logits_scaling"):
         if getattr(config, name, None) not in (None, 1, 1.0):
             raise UserError(f"{what}, whose head applies {name}, which the losses do not: {instead}")
