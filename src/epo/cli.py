@@ -224,10 +224,10 @@ def _evaluate_hosted(
         raise typer.Exit(INTERRUPTED) from None
     if as_json:
         _print_json(found.as_dict())
-        return
-    _print_panels(found.panels)
+    else:
+        _print_panels(found.panels)
     for line in found.describe():
-        stdout.print(visible(line), soft_wrap=True, highlight=False, markup=False)
+        (stderr if as_json else stdout).print(visible(line), soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command(epilog="Example:\n\n    epo imitate scienceworld-ppo imitation.demonstrations=500\n")

@@ -152,7 +152,8 @@ def test_what_was_played_before_an_error_is_kept(epo: Epo, stub: ChatStub):
     assert not Path("kept/summary.json").exists()
 
 
-def test_an_interrupted_evaluation_keeps_what_was_played(epo: Epo, start_epo: Callable[..., Any]):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_evaluation_keeps_what_was_played(number: int, start_epo: Callable[..., Any]):
     asked = threading.Event()
 
     def answer(body: dict[str, Any], number: int) -> Answer:
@@ -164,7 +165,8 @@ def test_an_interrupted_evaluation_keeps_what_was_played(epo: Epo, start_epo: Ca
     with ChatStub(answer) as stub:
         process = start_epo(*arguments(stub, "--out", "kept", "--concurrency", "1"))
         assert asked.wait(120)
-        os.killpg(process.pid, signal.SIGINT)
+        # Ctrl-C reaches every process of the terminal's foreground group; SIGTERM comes to the one that is named.
+        os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and out == "" and "Traceback" not in err, err
     assert "2 finished episodes are kept: epo show kept" in err and err.endswith("interrupted\n")

@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
 
+import httpx2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -326,3 +327,33 @@ def test_whatever_the_texts_are_they_arrive_as_they_are():
             assert reply.text == "|".join(texts).encode("utf-8", "replace").decode()
 
         check()
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.sampled_from(["choices", "message", "content", "finish_reason", "usage", "prompt_tokens",
+                                       "completion_tokens", "error", "code", "type", "detail"]), inner, max_size=4),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@given(
+    status=st.sampled_from([200, 200, 204, 302, 400, 401, 404, 418, 429, 503]),
+    answer=plain.map(lambda tree: json.dumps(tree).encode()) | st.binary(max_size=30),
+    after=st.text(alphabet=st.characters(codec="ascii", exclude_categories=["Cc"]), max_size=12) | st.just("-1"),
+    greeted=st.booleans(),
+)
+@settings(max_examples=300, deadline=None)
+def test_no_answer_is_a_surprise(status: int, answer: bytes, after: str, greeted: bool):
+    server = client("http://127.0.0.1:1/v1")
+    server._has_answered = greeted
+    try:
+        reply = server._judge(status, httpx2.Headers({"Retry-After": after}), answer)
+    except (UserError, Refused) as error:
+        assert len(str(error).splitlines()) == 1
+    except chat_server._Passing as passing:
+        assert 0 <= passing.after < float("inf")
+    else:
+        assert status == 200 and isinstance(reply.text, str)
+        assert reply.counts is None or min(reply.counts) >= 0

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,8 +116,8 @@ def evaluate_hosted(
 ) -> HostedResults:
     """Play the panels of `config` with the model of `server`.
 
-    What was finished is kept in the folder also when an error or Ctrl-C ends the evaluation; with nothing to keep there
-    is none.
+    What was finished is kept in the folder also when an error, Ctrl-C or SIGTERM ends the evaluation; with nothing to
+    keep there is none.
 
     Args:
         out: the folder, which must not exist; by default one in `evals/`, named after the model and the time.
@@ -139,7 +141,7 @@ def evaluate_hosted(
         if server.shows_key:
             observer.note("the key goes over the network unencrypted: https:// would hide it")
         observer.note(f"model: {server.model} of {server.url}, at most {config.environment.workers} requests at once")
-        with server, open_pool(config) as pool:
+        with _stopped_like_ctrl_c(), server, open_pool(config) as pool:
             collector = HostedCollector(
                 pool,
                 server,
@@ -178,6 +180,16 @@ def evaluate_hosted(
         else:
             remove_folder(folder.path)
         raise
+
+
+@contextmanager
+def _stopped_like_ctrl_c() -> Iterator[None]:
+    """SIGTERM, by which batch systems end what takes too long, keeps what was finished as well."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _default_folder(model: str) -> Path:

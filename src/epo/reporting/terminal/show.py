@@ -152,7 +152,7 @@ class TrajectoryView:
             "reward": f"{sum(turn['reward'] for turn in record['turns']):+.2f}",
             "group": str(record["group"]),
         }
-        if record.get("trained") is not None:
+        if record.get("trained") is not None and not self._is_hosted:
             facts["trained on"] = "yes" if record["trained"] else "no"
         if record.get("restarts"):
             facts["restarts"] = str(record["restarts"])
