@@ -49,9 +49,8 @@ INTERRUPTED = 130
 HALTED = 1
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as `seed=1`.")]
-_HOSTED = "A model behind a server"
-_OPTION_OF = {"key_variable": "api-key-env", "timeout_seconds": "timeout"}
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+_HOSTED = "A model behind a server"
 
 
 def _print_version(asked: bool) -> None:
@@ -179,14 +178,14 @@ def evaluate_command(
     extra += [] if split is None else [f"evaluation.splits=[{', '.join(split)}]"]
     extra += [] if episodes is None else [f"evaluation.episodes={episodes}"]
     extra += [] if temperature is None else [f"evaluation.temperature={temperature}"]
-    hosted_options = {"model": model, "key_variable": api_key_env, "concurrency": concurrency, "request": request}
-    hosted_options |= {"timeout_seconds": timeout, "out": out}
+    hosted = {"model": model, "api_key_env": api_key_env, "concurrency": concurrency, "request": request}
+    hosted |= {"timeout": timeout, "out": out}
     if server is not None:
-        _evaluate_hosted(server, target, recipe, checkpoint, extra, as_json=as_json, **hosted_options)
+        _evaluate_hosted(server, target, extra, recipe=recipe, checkpoint=checkpoint, as_json=as_json, **hosted)
         return
-    for option, value in hosted_options.items():
+    for option, value in hosted.items():
         if value is not None:
-            raise UserError(f"--{_OPTION_OF.get(option, option)} is for the model of a server: add --server URL")
+            raise UserError(f"--{option.replace('_', '-')} is for the model of a server: add --server URL")
     if target is None:
         raise UserError("give a run folder or a model directory, or --server URL")
     from epo.evaluation.session import evaluate_target
@@ -202,9 +201,15 @@ def evaluate_command(
 
 
 def _evaluate_hosted(
-    server: str, target: str | None, recipe: str | None, checkpoint: str | None, overrides: list[str], *, as_json: bool,
+    server: str,
+    target: str | None,
+    overrides: list[str],
+    *,
+    recipe: str | None,
+    checkpoint: str | None,
+    as_json: bool,
     **options: Any,
-) -> None:  # fmt: skip
+) -> None:
     """`epo eval --server`."""
     from epo.hosted.evaluation import evaluate_server
     from epo.reporting.terminal.console import ConsoleObserver

@@ -58,4 +58,5 @@ class Conversation:
 
 
 def _message(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
+    """Halves of surrogate pairs, which no tokenizer takes, are read as question marks."""
+    return {"role": role, "content": content.encode("utf-8", "replace").decode()}

@@ -18,7 +18,7 @@ class PanelResult:
 
     split: str
     success: float
-    """Share of episodes with full success. Episodes lost to environment errors count as failures."""
+    """Share of episodes with full success. Lost episodes count as failures."""
     low: float
     high: float
     """95 % Wilson interval of `success`."""
@@ -29,7 +29,7 @@ class PanelResult:
     invalid: float
     """Share of turns without the required format."""
     errors: int
-    """Episodes lost to environment errors."""
+    """Episodes lost to errors of the environment, or of the server that answers for the model."""
     by_goal: dict[str, float]
     """Success by task type."""
 

@@ -111,6 +111,7 @@ class ChatServer:
                 raise UserError(f"--request {name}=...: this field is not free; leave it out")
         self._timeout_seconds = timeout_seconds
         self._first_wait_seconds = first_wait_seconds
+        self._random = random.Random()  # spreads the retries of many; nothing is played by it
         self._has_answered = False
         self.retries = 0
         """Requests that were sent again."""
@@ -190,7 +191,7 @@ class ChatServer:
             if self._has_answered and not passing.is_gone:
                 raise Refused(said)
             raise UserError(f"{said}: see what the server reports, and try again")
-        return max(passing.after, self._first_wait_seconds * 2**attempt * random.uniform(0.5, 1.0))
+        return max(passing.after, self._first_wait_seconds * 2**attempt * self._random.uniform(0.5, 1.0))
 
     async def _try(self, content: bytes) -> Reply:
         try:
@@ -246,20 +247,20 @@ class ChatServer:
             if text is not None and not isinstance(text, str):
                 raise TypeError
         except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-            start = self._clean(answer[:100].decode("utf-8", "replace"))
+            start = self._clean(answer.decode("utf-8", "replace"))[:100]
             raise _Passing(f"{self.url} answers with what is no chat completion ({start!r})", is_strange=True) from None
         # Halves of surrogate pairs, which no tokenizer takes, are read as question marks.
         text = (text or "").encode("utf-8", "replace").decode()
         return Reply(text=text, finished=not cut, counts=_counts(tree.get("usage")))
 
     def _quoted(self, error: Mapping[str, Any], answer: bytes) -> str:
-        text = error.get("message") or answer[:1000].decode("utf-8", "replace")
+        text = error.get("message") or answer.decode("utf-8", "replace")
         clean = self._clean(str(text))
         return f" ({clean})" if clean else ""
 
     def _clean(self, text: str) -> str:
-        text = " ".join(text.split())[:300]
-        return text.replace(self._key, "[the key]") if self._key else text
+        text = text.replace(self._key, "[the key]") if self._key else text
+        return " ".join(text.split())[:300]
 
 
 _CHECK_ADDRESS = "check --server, an address after which /chat/completions follows, usually ending in /v1"

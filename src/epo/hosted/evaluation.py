@@ -57,17 +57,19 @@ def evaluate_server(
     recipe: str | None,
     overrides: Sequence[str],
     observer: Observer,
-    key_variable: str | None = None,
+    api_key_env: str | None = None,
     concurrency: int | None = None,
     request: Sequence[str] | None = None,
-    timeout_seconds: float | None = None,
+    timeout: float | None = None,
     out: Path | None = None,
 ) -> HostedResults:
     """Play the panels of a recipe with a model of the server at `url` (`ChatServer`, `evaluate_hosted`).
 
     Args:
+        api_key_env: the environment variable that holds the key.
         concurrency: episodes at once, each with an environment of its own; by default `environment.workers`.
         request: `FIELD=VALUE`, fields of every request.
+        timeout: seconds for one answer.
 
     Raises:
         UserError: something is missing or wrong; names it.
@@ -80,9 +82,9 @@ def evaluate_server(
     server = ChatServer(
         url,
         model,
-        key_variable=key_variable,
+        key_variable=api_key_env,
         fields=parse_fields(request or ()),
-        timeout_seconds=timeout_seconds or TIMEOUT_SECONDS,
+        timeout_seconds=timeout or TIMEOUT_SECONDS,
     )
     return evaluate_hosted(server, load_config(recipe, [*overrides, *workers]), out=out, observer=observer)
 
