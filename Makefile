@@ -1,7 +1,7 @@
 # make train   set everything up and train an agent
 # make test    set everything up and run the tests
 # make lint    ruff and pyright
-# make docs    write the generated pages of docs/
+# make docs    write the generated pages of docs/ and build the site into site/; docs-serve shows it while you write
 # make reproduce-smoke   rerun a sliver of the benchmark, and compare docs/findings.md with the kept data
 # make crosscheck   compare the objectives with what verl and TRL ship
 # make chaos-runs   kill runs at random moments and compare what they leave with runs that nothing stopped
@@ -17,7 +17,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 NAME ?= quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: train test browser lint docs alfworld reproduce-smoke crosscheck test-vllm chaos-runs chaos fuzz soak audit test-adapters clean
+export NO_MKDOCS_2_WARNING := 1
+
+.PHONY: train test browser lint docs docs-serve alfworld reproduce-smoke crosscheck test-vllm chaos-runs chaos fuzz soak audit test-adapters clean
 
 train: $(VENV)/.train
 	$(BIN)/epo train quickstart --name $(NAME)
@@ -39,8 +41,18 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
-docs: $(VENV)/.train
+# The site is built in an environment of its own. Strict: a warning, a dead link or a dead anchor fails it.
+docs: $(VENV)/.train .venv-docs/.installed
 	$(BIN)/python docs/generate.py
+	.venv-docs/bin/mkdocs build --quiet
+
+docs-serve: .venv-docs/.installed
+	.venv-docs/bin/mkdocs serve --dev-addr 127.0.0.1:8000
+
+.venv-docs/.installed: requirements/docs.txt
+	@$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement $<
+	@touch $@
 
 # ALFWorld's engine, for the suites household and alfworld; parts of it compile from source (g++, cmake, make).
 alfworld: $(VENV)/.train
@@ -120,4 +132,4 @@ $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt requirements/alfworl
 	@touch $@ $(VENV)/.train
 
 clean:
-	rm -rf $(VENV) .venv-crosscheck .venv-vllm .venv-audit build *.egg-info
+	rm -rf $(VENV) .venv-crosscheck .venv-vllm .venv-audit .venv-docs site build *.egg-info

@@ -1,0 +1,30 @@
+"""mkdocs hook: formulas between dollars become MathML when the site is built, so no page needs a script for them."""
+
+from __future__ import annotations
+
+import html
+import logging
+import re
+
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import Files
+from mkdocs.structure.pages import Page
+
+log = logging.getLogger("mkdocs.hooks.formulas")
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+
+
+def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Replaces what the markdown extension `pymdownx.arithmatex` marked, in its generic mode."""
+
+    def mathml(match: re.Match[str]) -> str:
+        source = html.unescape(match[2]).strip()
+        display = "block" if match[1] == "div" else "inline"
+        try:
+            return convert(source, display=display)
+        except Exception as error:  # whatever the parser stumbles over
+            log.warning("%s: the formula %r cannot be converted: %r", page.file.src_uri, source, error)
+            return match[0]
+
+    return FORMULA.sub(mathml, content)

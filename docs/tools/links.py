@@ -1,0 +1,68 @@
+"""mkdocs hook: links that leave `docs/` work on the site as they do in the repository.
+
+A page links to `../benchmarks/results/cost.json` by the path that a reader of the repository needs. The site gets a
+copy of every such file under `repository/`, and a list for every such folder, so that it is whole by itself. A target
+that does not exist is left to mkdocs, which warns of it, and a strict build fails. `CONTRIBUTING.md` and `CHANGELOG.md`
+become pages.
+"""
+
+from __future__ import annotations
+
+import html
+import posixpath
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files, InclusionLevel
+from mkdocs.structure.pages import Page
+
+OUTSIDE = re.compile(r"\]\((\.\./[^)\s#]+)")
+PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+COPIES = "repository"
+IGNORED = {"__pycache__", ".pytest_cache"}
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the pages that lie beside `docs/`, and what pages link to outside of it."""
+    root = Path(config.docs_dir).parent
+    for name, uri in PAGES.items():
+        text = (root / name).read_text(encoding="utf-8").replace("](docs/", "](")
+        files.append(File.generated(config, uri, content=text))
+    for uri in sorted(_targets(files) - {f"../{name}" for name in PAGES}):
+        target = root / uri.removeprefix("../")
+        if target.is_dir():
+            inside = [p for p in sorted(target.rglob("*")) if p.is_file() and not IGNORED.intersection(p.parts)]
+            for path in inside:
+                files.append(_copy(config, f"../{path.relative_to(root).as_posix()}", path))
+            files.append(_listing(config, uri, [path.relative_to(target).as_posix() for path in inside]))
+        elif target.is_file():
+            files.append(_copy(config, uri, target))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Points links to the pages beside `docs/` at what they are on the site."""
+    for name, uri in PAGES.items():
+        markdown = markdown.replace(f"](../{name}", f"]({uri}")
+    return markdown
+
+
+def _targets(files: Files) -> set[str]:
+    pages = [file for file in files.documentation_pages() if "/" not in file.src_uri]
+    return {posixpath.normpath(uri) for page in pages for uri in OUTSIDE.findall(page.content_string)}
+
+
+def _copy(config: MkDocsConfig, uri: str, path: Path) -> File:
+    file = File.generated(config, uri, abs_src_path=str(path), inclusion=InclusionLevel.INCLUDED)
+    file.dest_uri = f"{COPIES}/{uri.removeprefix('../')}"
+    return file
+
+
+def _listing(config: MkDocsConfig, uri: str, names: list[str]) -> File:
+    title = html.escape(uri.removeprefix("../"))
+    rows = "".join(f'<li><a href="{html.escape(name)}">{html.escape(name)}</a></li>' for name in names)
+    page = f'<!doctype html><meta charset="utf-8"><title>{title}</title><h1>{title}</h1><ul>{rows}</ul>'
+    file = File.generated(config, uri, content=page, inclusion=InclusionLevel.INCLUDED)
+    file.dest_uri = f"{COPIES}/{uri.removeprefix('../')}/index.html"
+    return file

@@ -1,0 +1,62 @@
+"""Links of pages lead somewhere, generated pages are up to date, and every page is in the navigation."""
+
+from __future__ import annotations
+
+import importlib.util
+import posixpath
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pages import ROOT, Page, pages
+
+PAGES = pages()
+
+
+def program(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def link_problems(page: Page) -> list[str]:
+    """Relative links of a page, as a reader of the repository follows them, to files or headings that are not there."""
+    found: list[str] = []
+    for number, link in page.links():
+        if "://" in link or link.startswith("mailto:"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = Path(posixpath.normpath(page.path.parent / name)) if name else page.path
+        if name and not target.exists():
+            found.append(f"{page.name}:{number}: no file {link}")
+        elif anchor and anchor not in (page if target == page.path else Page.read(target)).anchors():
+            found.append(f"{page.name}:{number}: no heading {link}")
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_links_lead_somewhere(page: Page) -> None:
+    assert not link_problems(page)
+
+
+def test_a_dead_link_is_noticed() -> None:
+    text = (
+        "# One `thing`, and more\n\n## Two\n\n## Two\n\n[a](#one-thing-and-more) [b](#two-1) [c](metrics.md) "
+        "[d](../examples/trl_epo.py) ![e](images/soak.svg) [f](https://nowhere) `[g](x.md)` [h](models.md#adapters)\n"
+    )
+    assert not link_problems(Page(path=ROOT / "docs" / "made-up.md", text=text))
+    dead = "[a](#none) [b](metrix.md) [c](../examples/none.py) ![d](images/none.svg) [e](models.md#none)\n"
+    assert len(link_problems(Page(path=ROOT / "docs" / "made-up.md", text=dead))) == 5
+
+
+def test_the_page_of_the_configuration_is_what_the_code_says() -> None:
+    kept = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert kept == program(ROOT / "docs" / "generate.py").page(), "run `make docs`"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    missing = [path.name for path in (ROOT / "docs").glob("*.md") if path.name not in navigation]
+    assert not missing
