@@ -2,8 +2,8 @@
 
 A page links to `../benchmarks/results/cost.json` by the path that a reader of the repository needs. The site gets a
 copy of every such file under `repository/`, and a list for every such folder, so that it is whole by itself. A target
-that does not exist is left to mkdocs, which warns of it, and a strict build fails. `CONTRIBUTING.md` and `CHANGELOG.md`
-become pages.
+that does not exist is left to mkdocs, which warns of it, and a strict build fails. `README.md`, `CONTRIBUTING.md` and
+`CHANGELOG.md` become pages.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 OUTSIDE = re.compile(r"\]\((\.\./[^)\s#]+)")
-PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+FROM_ROOT = re.compile(r"\]\((?![a-z]+:|#)")
+PAGES = {"README.md": "readme.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 COPIES = "repository"
 IGNORED = {"__pycache__", ".pytest_cache"}
 
@@ -27,17 +28,17 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages that lie beside `docs/`, and what pages link to outside of it."""
     root = Path(config.docs_dir).parent
     for name, uri in PAGES.items():
-        text = (root / name).read_text(encoding="utf-8").replace("](docs/", "](")
+        text = FROM_ROOT.sub("](../", (root / name).read_text(encoding="utf-8")).replace("](../docs/", "](")
         files.append(File.generated(config, uri, content=text))
-    for uri in sorted(_targets(files) - {f"../{name}" for name in PAGES}):
-        target = root / uri.removeprefix("../")
-        if target.is_dir():
-            inside = [p for p in sorted(target.rglob("*")) if p.is_file() and not IGNORED.intersection(p.parts)]
-            for path in inside:
-                files.append(_copy(config, f"../{path.relative_to(root).as_posix()}", path))
-            files.append(_listing(config, uri, [path.relative_to(target).as_posix() for path in inside]))
-        elif target.is_file():
-            files.append(_copy(config, uri, target))
+    linked = {uri: root / uri.removeprefix("../") for uri in _targets(files) - {f"../{name}" for name in PAGES}}
+    copies = {uri: path for uri, path in linked.items() if path.is_file()}
+    for uri, folder in linked.items():
+        if folder.is_dir():
+            inside = [p for p in sorted(folder.rglob("*")) if p.is_file() and not IGNORED.intersection(p.parts)]
+            copies |= {f"../{path.relative_to(root).as_posix()}": path for path in inside}
+            files.append(_listing(config, uri, [path.relative_to(folder).as_posix() for path in inside]))
+    for uri, path in copies.items():
+        files.append(_copy(config, uri, path))
     return files
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from commands import command_problems, file_problems, make_problems, makefile_targets, setting_problems
-from pages import ROOT, Page, pages
+from docs_commands import command_problems, file_problems, make_problems, makefile_targets, setting_problems
+from docs_pages import ROOT, Page, pages
 
 PAGES = pages()
 NAMES = [page.name for page in PAGES]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from examples import carry_out, runnable
-from pages import ROOT, Block, Page, pages
+from docs_examples import carry_out, runnable
+from docs_pages import ROOT, Block, Page, pages
 
 BLOCKS = list(runnable(pages()))
 

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import posixpath
+import runpy
 from pathlib import Path
-from typing import Any
 
 import pytest
-from pages import ROOT, Page, pages
+from docs_pages import ROOT, Page, pages
 
 PAGES = pages()
-
-
-def program(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def link_problems(page: Page) -> list[str]:
@@ -53,7 +44,14 @@ def test_a_dead_link_is_noticed() -> None:
 
 def test_the_page_of_the_configuration_is_what_the_code_says() -> None:
     kept = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert kept == program(ROOT / "docs" / "generate.py").page(), "run `make docs`"
+    assert kept == runpy.run_path(str(ROOT / "docs" / "generate.py"))["page"](), "run `make docs`"
+
+
+def test_the_figures_of_the_concepts_are_what_their_program_draws() -> None:
+    program = runpy.run_path(str(ROOT / "docs" / "tools" / "figures.py"), run_name="figures")
+    for name, drawing in program["drawings"]().items():
+        kept = (ROOT / "docs" / "images" / name).read_text(encoding="utf-8")
+        assert kept == drawing, f"run `python docs/tools/figures.py`: {name} differs"
 
 
 def test_every_page_is_in_the_navigation() -> None:

@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 import typer
-from pages import ROOT, Page, epo_commands
+from docs_pages import ROOT, Page, epo_commands
 
 from epo.cli import app
 from epo.config import Config

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from pages import Block, Page
+from docs_pages import Block, Page
 from safetensors.torch import save_file
 
 from epo.bounded_yaml import load_yaml
