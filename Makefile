@@ -41,13 +41,15 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
-# The site is built in an environment of its own. Strict: a warning, a dead link or a dead anchor fails it.
+# The site is built in an environment of its own. Strict: a warning, a dead link or a dead anchor fails it. Not --quiet, which
+# hides warnings from mkdocs itself; broken_builds.py shows that the command refuses broken sites.
 docs: $(VENV)/.train .venv-docs/.installed
 	$(BIN)/python docs/generate.py
-	.venv-docs/bin/mkdocs build --quiet
+	.venv-docs/bin/python -m mkdocs build --strict
+	.venv-docs/bin/python docs/tools/broken_builds.py
 
 docs-serve: .venv-docs/.installed
-	.venv-docs/bin/mkdocs serve --dev-addr 127.0.0.1:8000
+	.venv-docs/bin/python -m mkdocs serve --dev-addr 127.0.0.1:8000
 
 .venv-docs/.installed: requirements/docs.txt
 	@$(PYTHON) -m venv .venv-docs
