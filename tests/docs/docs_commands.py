@@ -134,7 +134,7 @@ def _without_brackets(args: Sequence[str]) -> list[str]:
         word = word.removeprefix("[") if opening else word
         word = word.removesuffix("]") if closing else word
         depth -= closing
-        if word not in ("...", "key=value"):
+        if word.lower() not in ("...", "key=value", "option=value"):
             plain.append(word)
     return plain
 

@@ -42,9 +42,12 @@ def test_a_dead_link_is_noticed() -> None:
     assert len(link_problems(Page(path=ROOT / "docs" / "made-up.md", text=dead))) == 5
 
 
-def test_the_page_of_the_configuration_is_what_the_code_says() -> None:
-    kept = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert kept == runpy.run_path(str(ROOT / "docs" / "generate.py"))["page"](), "run `make docs`"
+@pytest.mark.parametrize(
+    ("page", "program"), [("configuration.md", "generate.py"), ("commands.md", "tools/command_page.py")]
+)
+def test_a_generated_page_is_what_the_code_says(page: str, program: str) -> None:
+    kept = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert kept == runpy.run_path(str(ROOT / "docs" / program))["page"](), "run `make docs`"
 
 
 def test_the_figures_of_the_concepts_are_what_their_program_draws() -> None:
