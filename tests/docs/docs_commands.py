@@ -12,7 +12,7 @@ from docs_pages import ROOT, Page, epo_commands
 
 from epo.cli import app
 from epo.config import Config
-from epo.environments.registry import suite_names
+from epo.environments.registry import make_suite
 from epo.errors import UserError
 from epo.methods import list_methods
 from epo.recipe import load_config, recipe_names
@@ -161,9 +161,12 @@ def _config_problem(recipe: str, overrides: Sequence[str]) -> str | None:
 def _suite_problem(suite: str | None, options: Sequence[str]) -> str | None:
     if suite is None or suite in SUITES_TO_COME or _is_placeholder(suite):
         return None
-    if suite not in suite_names():
-        return f"no suite {suite!r}"
-    return _config_problem("base", [f"environment.suite={suite}", *(f"environment.options.{o}" for o in options)])
+    try:
+        overrides = [f"environment.suite={suite}", *(f"environment.options.{option}" for option in options)]
+        make_suite(suite, load_config("base", overrides).environment.options)
+    except UserError as error:
+        return None if "is not installed" in str(error) else str(error)
+    return None
 
 
 def _setting_problem(span: str) -> str | None:

@@ -38,6 +38,8 @@ def test_what_a_page_tells_to_type_is_accepted(page: Page) -> None:
         "epo eval model --recipe scienceworld",
         "epo show runs/try1 --step",
         "epo env check gymnasum",
+        "epo env check corridor lenth=5",
+        "epo play corridor length=3",
         "epo methods epo_weak",
         "epo explain smooting",
         "epo sweep benchmarks/sweeps/nothing.yaml",
