@@ -19,6 +19,7 @@ from mkdocs.structure.pages import Page
 
 OUTSIDE = re.compile(r"\]\((\.\./[^)\s#]+)")
 FROM_ROOT = re.compile(r"\]\((?![a-z]+:|#)")
+NAMED_BY_FILE = re.compile(r">([a-z0-9-]+)\.md</a>")
 PAGES = {"README.md": "readme.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 COPIES = "repository"
 IGNORED = {"__pycache__", ".pytest_cache"}
@@ -47,6 +48,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     for name, uri in PAGES.items():
         markdown = markdown.replace(f"](../{name}", f"]({uri}")
     return markdown
+
+
+def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """A link that is called by its file, such as `metrics.md`, has the page's name on the site."""
+    return NAMED_BY_FILE.sub(r">\1</a>", content)
 
 
 def _targets(files: Files) -> set[str]:
