@@ -45,7 +45,6 @@ lint: $(VENV)/.test
 # hides warnings from mkdocs itself; broken_builds.py shows that the command refuses broken sites.
 docs: $(VENV)/.train .venv-docs/.installed
 	$(BIN)/python docs/generate.py
-	$(BIN)/python docs/tools/command_page.py
 	.venv-docs/bin/python -m mkdocs build --strict
 	.venv-docs/bin/python docs/tools/broken_builds.py
 

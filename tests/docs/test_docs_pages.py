@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import posixpath
+import re
 import runpy
 from pathlib import Path
 
 import pytest
 from docs_pages import ROOT, Page, pages
+
+import epo.objectives
 
 PAGES = pages()
 
@@ -43,18 +46,24 @@ def test_a_dead_link_is_noticed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "program"), [("configuration.md", "generate.py"), ("commands.md", "tools/command_page.py")]
+    ("page", "program"), [("configuration.md", "configuration_page.py"), ("commands.md", "command_page.py")]
 )
 def test_a_generated_page_is_what_the_code_says(page: str, program: str) -> None:
     kept = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    assert kept == runpy.run_path(str(ROOT / "docs" / program))["page"](), "run `make docs`"
+    assert kept == runpy.run_path(str(ROOT / "docs" / "tools" / program))["page"](), "run `make docs`"
 
 
 def test_the_figures_of_the_concepts_are_what_their_program_draws() -> None:
     program = runpy.run_path(str(ROOT / "docs" / "tools" / "figures.py"), run_name="figures")
     for name, drawing in program["drawings"]().items():
         kept = (ROOT / "docs" / "images" / name).read_text(encoding="utf-8")
-        assert kept == drawing, f"run `python docs/tools/figures.py`: {name} differs"
+        assert kept == drawing, f"run `make docs`: {name} differs"
+
+
+def test_the_page_of_the_api_has_every_public_name_of_the_objectives() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    missing = [name for name in epo.objectives.__all__ if not re.search(rf"[.`]{name}$|`{name}`", page, re.MULTILINE)]
+    assert not missing
 
 
 def test_every_page_is_in_the_navigation() -> None:
