@@ -10,6 +10,7 @@
 # make audit   known vulnerabilities of the pinned packages (asks their databases)
 # make chaos   what a run on Ray loses, and how long it takes to go on, when something dies under it
 # make test-adapters   test the adapters to other libraries' environments, all of them
+# make release     build dist/, and try what is in it in empty environments
 # make test-vllm    test the vLLM sampler with real engines, on vLLM's CPU build
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,9 +18,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 NAME ?= quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-export NO_MKDOCS_2_WARNING := 1
-
-.PHONY: train test browser lint docs docs-serve alfworld reproduce-smoke crosscheck test-vllm chaos-runs chaos fuzz soak audit test-adapters clean
+.PHONY: train test browser lint docs alfworld reproduce-smoke crosscheck test-vllm chaos-runs chaos fuzz soak audit test-adapters release clean
 
 train: $(VENV)/.train
 	$(BIN)/epo train quickstart --name $(NAME)
@@ -43,11 +42,13 @@ lint: $(VENV)/.test
 
 # The site is built in an environment of its own. Strict: a warning, a dead link or a dead anchor fails it. Not --quiet, which
 # hides warnings from mkdocs itself; broken_builds.py shows that the command refuses broken sites.
+docs docs-serve: export NO_MKDOCS_2_WARNING := 1
 docs: $(VENV)/.train .venv-docs/.installed
 	$(BIN)/python docs/generate.py
 	.venv-docs/bin/python -m mkdocs build --strict
 	.venv-docs/bin/python docs/tools/broken_builds.py
 
+.PHONY: docs-serve
 docs-serve: .venv-docs/.installed
 	.venv-docs/bin/python -m mkdocs serve --dev-addr 127.0.0.1:8000
 
@@ -116,6 +117,18 @@ test-vllm: .venv-vllm/.installed
 chaos: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py
 
+# Builds from what is committed or not: look at git status first.
+release: .venv-release/.installed
+	rm -rf dist
+	.venv-release/bin/python -m build --outdir dist .
+	.venv-release/bin/twine check --strict dist/*
+	.venv-release/bin/python release/check.py dist
+
+.venv-release/.installed:
+	@$(PYTHON) -m venv .venv-release
+	.venv-release/bin/python -m pip --disable-pip-version-check install --quiet build==1.6.1 twine==7.0.0
+	@touch $@
+
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
@@ -134,4 +147,5 @@ $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt requirements/alfworl
 	@touch $@ $(VENV)/.train
 
 clean:
-	rm -rf $(VENV) .venv-crosscheck .venv-vllm .venv-audit .venv-docs site build *.egg-info
+	rm -rf $(VENV) .venv-crosscheck .venv-vllm .venv-audit .venv-release dist build *.egg-info
+	rm -rf .venv-docs site

@@ -23,6 +23,7 @@ from rich.table import Table
 from epo.authoring import command as authoring_command
 from epo.config import Config
 from epo.errors import StorageError, UserError
+from epo.exporting import command as export_command
 from epo.models.command import models_app
 from epo.models.hub import stay_offline_unless_asked
 from epo.planning import command as plan_command
@@ -295,6 +296,7 @@ def methods(
 
 
 app.add_typer(models_app, name="models")
+export_command.register(app)
 show_command.register(app)
 reporting_command.register(app)
 sweep_command.register(app)
