@@ -47,8 +47,6 @@ def command_problems(page: Page) -> list[str]:
 def problem_of(args: Sequence[str], *, whole: bool) -> str | None:
     """Why the command line would be refused, or None. In capitals stands what the reader puts in."""
     args = _without_brackets(args)
-    if list(args) == ["--version"]:  # carried out while it is parsed
-        return None
     called: list[tuple[tuple[str, ...], dict[str, Any]]] = []
     try:
         _recording(called).main(args, prog_name="epo", standalone_mode=False)
@@ -59,6 +57,8 @@ def problem_of(args: Sequence[str], *, whole: bool) -> str | None:
             return None
         placeholder = next((word for word in args if word.isupper() and word in message), None)
         return None if placeholder else message
+    if not called:  # --help and --version are carried out while the line is parsed
+        return None
     path, values = called[-1]
     if path in WITH_RECIPE:
         return _recipe_problem(values.get("recipe"), values.get("overrides") or ())

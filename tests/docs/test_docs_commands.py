@@ -60,6 +60,7 @@ def test_a_wrong_command_is_noticed(line: str, frame: str) -> None:
         "epo train RECIPE [key=value ...] [--name N] [--resume]",
         "epo train my.yaml 'health.halt=[entropy_eruption, cascade]'",
         "epo report RUN|SWEEP ...",
+        "epo plan --help",
         "epo show runs/try1 --step 3 | less",
         "epo train maze/recipe.yaml && epo watch runs/maze",
     ],
