@@ -52,7 +52,7 @@ def problem_of(args: Sequence[str], *, whole: bool) -> str | None:
         _recording(called).main(args, prog_name="epo", standalone_mode=False)
     except Exception as error:
         message = str(error.format_message()) if hasattr(error, "format_message") else repr(error)
-        unfinished = type(error).__name__ in ("MissingParameter", "NoArgsIsHelpError")
+        unfinished = type(error).__name__ in ("MissingParameter", "NoArgsIsHelpError", "BadOptionUsage")
         if unfinished and not whole:
             return None
         placeholder = next((word for word in args if word.isupper() and word in message), None)
@@ -165,7 +165,8 @@ def _suite_problem(suite: str | None, options: Sequence[str]) -> str | None:
         overrides = [f"environment.suite={suite}", *(f"environment.options.{option}" for option in options)]
         make_suite(suite, load_config("base", overrides).environment.options)
     except UserError as error:
-        return None if "is not installed" in str(error) else str(error)
+        lacking = ("is not installed", "No such file or directory")  # what the reader installs, or writes before
+        return None if any(words in str(error) for words in lacking) else str(error)
     return None
 
 

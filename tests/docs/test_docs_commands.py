@@ -70,7 +70,7 @@ def test_a_right_command_is_accepted(line: str) -> None:
 
 
 def test_within_the_text_a_command_may_be_unfinished_but_not_wrong() -> None:
-    assert not command_problems(made_up("`epo train` and `epo env new` and `epo show RUN`"))
+    assert not command_problems(made_up("`epo train` and `epo env new` and `epo show RUN` and `epo show --step`"))
     assert len(command_problems(made_up("`epo tran` and `epo env neww` and `epo show RUN --stp 1`"))) == 3
 
 
