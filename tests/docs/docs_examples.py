@@ -23,6 +23,7 @@ from epo.bounded_yaml import load_yaml
 from epo.environments.base import TaskSuite, TextEnv
 from epo.environments.pool import EnvPool
 from epo.environments.registry import make_suite
+from epo.objectives import make_control
 from epo.recipe import load_config
 from epo.sweep.plan import load_sweep
 from epo.types import Task
@@ -55,6 +56,7 @@ STAND_INS: dict[str, Callable[[], Any]] = {
     "sampling_entropy_N": lambda: torch.full((N,), 1.5),
     "policy_loss": lambda: torch.zeros((), requires_grad=True),
     "micro_batches": lambda: [slice(0, 2), slice(2, N)],
+    "control": lambda: make_control("epo_strong", coefficient=0.001),
     "make_suite": lambda: make_suite,
     "EnvPool": lambda: EnvPool,
     "TaskSuite": lambda: TaskSuite,
