@@ -50,7 +50,7 @@ TRIALS: dict[str, list[tuple[str, int]]] = {
         ("epo eval runs/try --episodes 2", 0),
         ("epo export runs/try", 0),
         ("epo explain smoothing quickstart", 0),
-        ("epo plan paper/scienceworld-qwen2.5-7b --hardware 8xH100-80G", 0),
+        ("epo plan quickstart --hardware 8xH100-80G", 0),
         ("epo env new maze", 0),
     ],
     "scienceworld,report": [

@@ -192,7 +192,7 @@ def imitate(
 def play(
     suite: Annotated[str, typer.Argument(help="Name of a suite; `epo envs` lists them.")],
     options: Annotated[
-        list[str] | None, typer.Argument(metavar="OPTION=VALUE", help="Suite options, such as `length=3`.")
+        list[str] | None, typer.Argument(metavar="OPTION=VALUE", help="Suite options, such as `length=5`.")
     ] = None,
     split: Annotated[str, typer.Option(help="Split to draw from.")] = "train",
     task: Annotated[str | None, typer.Option(help="Id of the task; default: the first of the split.")] = None,
