@@ -24,6 +24,8 @@ _BUILT_IN = {
     "corridor": "epo.environments.corridor:CorridorSuite",
     "gymnasium": "epo.environments.adapters.gymnasium:GymnasiumSuite",
     "household": "epo.environments.alfworld:HouseholdSuite",
+    "mcp": "epo.environments.adapters.mcp:McpSuite",
+    "openenv": "epo.environments.adapters.openenv:OpenEnvSuite",
     "reasoning_gym": "epo.environments.adapters.reasoning_gym:ReasoningGymSuite",
     "scienceworld": "epo.environments.scienceworld:ScienceWorldSuite",
     "textarena": "epo.environments.adapters.textarena:TextArenaSuite",
