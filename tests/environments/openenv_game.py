@@ -68,7 +68,8 @@ def main() -> None:
     sessions = int(sys.argv[1]) if len(sys.argv) > 1 else 8
     app = create_fastapi_app(Dial, DialAction, DialObservation, max_concurrent_envs=sessions)
     listener = socket.create_server(("127.0.0.1", 0))
-    print(listener.getsockname()[1], flush=True)
+    sys.stdout.write(f"{listener.getsockname()[1]}\n")
+    sys.stdout.flush()
     uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
 
 

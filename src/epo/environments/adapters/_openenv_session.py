@@ -8,16 +8,14 @@ web interface and all: some eighty packages.
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import time
 import urllib.error
 import urllib.request
 from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple, cast
-from urllib.parse import urlsplit
 
-from epo.environments.adapters._seeded import require
+from epo.environments.adapters._shared import brief, is_loopback, require
 from epo.errors import EnvironmentFailure, UserError
 
 _MOST_BYTES = 1 << 24
@@ -68,7 +66,7 @@ class Session:
                 )
             )
         except Exception as error:  # sockets, TLS, handshakes, addresses
-            raise EnvironmentFailure(f"no OpenEnv server answers at {url}: {_short(error)}") from error
+            raise EnvironmentFailure(f"no OpenEnv server answers at {url}: {brief(error)}") from error
 
     def ask(self, kind: str, data: dict[str, Any]) -> Reply | Refusal:
         """Send a request and wait for its answer.
@@ -87,7 +85,7 @@ class Session:
             raise EnvironmentFailure(f"{self._url} gave no answer to {kind} within {self._seconds:g} s") from None
         except Exception as error:
             self.end()
-            raise EnvironmentFailure(f"{self._url} was lost at {kind}: {_short(error)}") from error
+            raise EnvironmentFailure(f"{self._url} was lost at {kind}: {brief(error)}") from error
         try:
             return _read(text)
         except EnvironmentFailure as failure:
@@ -149,20 +147,12 @@ def fetch(url: str, path: str, *, seconds: float) -> dict[str, Any]:
     return cast("dict[str, Any]", found) if isinstance(found, dict) else {}
 
 
-def is_loopback(url: str) -> bool:
-    """Whether a URL names this machine's own interface."""
-    host = urlsplit(url).hostname or ""
-    with suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
-
-
 def _read(text: Any) -> Reply | Refusal:
     try:
         message = json.loads(text)
         kind, data = message["type"], message["data"]
     except (ValueError, TypeError, KeyError, RecursionError):
-        raise EnvironmentFailure(f"the answer is none of OpenEnv's: {_short(text)}") from None
+        raise EnvironmentFailure(f"the answer is none of OpenEnv's: {brief(text)}") from None
     if kind == "error" and isinstance(data, dict):
         return _error(cast("dict[str, Any]", data))
     if kind == "observation" and isinstance(data, dict):
@@ -171,7 +161,7 @@ def _read(text: Any) -> Reply | Refusal:
         with suppress(OverflowError):
             if isinstance(observation, dict) and isinstance(reward, int | float | None) and isinstance(done, bool):
                 return Reply(cast("dict[str, Any]", observation), float(reward or 0), done)
-    raise EnvironmentFailure(f"the answer is none of OpenEnv's: {_short(text)}")
+    raise EnvironmentFailure(f"the answer is none of OpenEnv's: {brief(text)}")
 
 
 def _error(data: dict[str, Any]) -> Refusal:
@@ -180,12 +170,7 @@ def _error(data: dict[str, Any]) -> Refusal:
         errors = data.get("errors")
         found = cast("list[Any]", errors) if isinstance(errors, list) else []
         reasons = [str(cast("dict[str, Any]", e).get("msg")) for e in found if isinstance(e, dict)]
-        return Refusal(_short("; ".join(reasons) or words))
+        return Refusal(brief("; ".join(reasons) or words))
     if code == "CAPACITY_REACHED":
-        raise FullError(f"it has no session to give: {_short(words)}")
-    raise EnvironmentFailure(f"it reports {code}: {_short(words)}")
-
-
-def _short(thing: object) -> str:
-    words = " ".join(str(thing).split()).encode("utf-8", "replace").decode()
-    return words if len(words) <= 200 else words[:200] + "..."
+        raise FullError(f"it has no session to give: {brief(words)}")
+    raise EnvironmentFailure(f"it reports {code}: {brief(words)}")

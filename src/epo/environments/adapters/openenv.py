@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 from urllib.parse import urlsplit
 
 from epo.environments.adapters._openenv_session import Refusal, Reply, Session, begin, fetch
-from epo.environments.adapters._seeded import seeded_tasks, tasks_of
-from epo.environments.base import TaskSuite, TextEnv
+from epo.environments.adapters._shared import SeededSuite, encodable
+from epo.environments.base import TextEnv
 from epo.errors import EnvironmentFailure, UserError
 from epo.types import Observation, Step, Task
 
@@ -21,7 +21,7 @@ WHOLE = "*"
 """`action_field` of an agent that writes the whole action."""
 
 
-class OpenEnvSuite(TaskSuite):
+class OpenEnvSuite(SeededSuite):
     """An OpenEnv server's environment. A task is a seed; every episode is a session of its own on the server.
 
     An episode succeeds when the server says `done` and its last reward is at least `success_reward`, or `success_field`
@@ -83,10 +83,9 @@ class OpenEnvSuite(TaskSuite):
             raise UserError(f"suite {self.name!r}: 'seed' is the suite's own; leave it out of the options")
         if not answer_seconds > 0:
             raise UserError(f"suite {self.name!r}: option 'answer_seconds' must be above 0, not {answer_seconds}")
-        self._tasks = seeded_tasks(
-            self.name, goal="openenv", seed=seed, train=train, iid=iid, ood=None if ood_options is None else ood
+        super().__init__(
+            goal="openenv", seed=seed, train=train, iid=iid, ood=ood, options=options, ood_options=ood_options
         )
-        self.splits = tuple(self._tasks)
         self._url, self._seconds = url, answer_seconds
         self._shape = {
             "goal": goal,
@@ -96,14 +95,10 @@ class OpenEnvSuite(TaskSuite):
             "actions_field": actions_field,
             "success_reward": success_reward,
             "success_field": success_field,
-            "options": {"train": options or {}, "iid": options or {}, "ood": ood_options or {}},
         }
 
-    def tasks(self, split: str) -> Sequence[Task]:
-        return tasks_of(self.name, self._tasks, split)
-
     def make_env(self) -> OpenEnvEnv:
-        return OpenEnvEnv(self._url, seconds=self._seconds, **self._shape)
+        return OpenEnvEnv(self._url, seconds=self._seconds, options=self._options, **self._shape)
 
     def prepare(self) -> None:
         with self.make_env() as env:
@@ -121,7 +116,7 @@ class OpenEnvSuite(TaskSuite):
             "url": self._url,
             "environment": said.get("name"),
             "version": said.get("version"),
-            "options": self._shape["options"],
+            "options": self._options,
         }
 
 
@@ -155,9 +150,7 @@ class OpenEnvEnv(TextEnv):
         self.close()
         if self._schema is None:
             self._learn()
-        session, reply = begin(
-            self._url, seconds=self._seconds, data={**self._options[task.split], "seed": task.seed}
-        )
+        session, reply = begin(self._url, seconds=self._seconds, data={**self._options[task.split], "seed": task.seed})
         self._session = session
         if reply.done:
             self.close()
@@ -169,7 +162,7 @@ class OpenEnvEnv(TextEnv):
     def step(self, action: str) -> Step:
         if self._session is None:
             raise RuntimeError("the episode is over: call reset first")
-        payload = self._payload(action.encode("utf-8", "replace").decode())
+        payload = self._payload(encodable(action))
         if isinstance(payload, Refusal):
             return self._refuse(payload)
         try:
@@ -285,7 +278,7 @@ class OpenEnvEnv(TextEnv):
             actions = tuple(map(_words, cast("list[Any]", listed)))
         elif self._field and (choices := _table((self._schema or {}).get(self._field)).get("enum")):
             actions = tuple(map(_words, choices))
-        return Observation(text=_clean(text), admissible_actions=actions)
+        return Observation(text=encodable(text), admissible_actions=actions)
 
     def _succeeds(self, reply: Reply) -> bool:
         if self._success_field is None:
@@ -293,7 +286,7 @@ class OpenEnvEnv(TextEnv):
         return self._at(self._success_field, reply, "success_field") is True
 
     def _fill(self, template: str, reply: Reply) -> str:
-        return _clean(_FIELD.sub(lambda found: _words(self._at(found[1], reply, "observation")), template))
+        return encodable(_FIELD.sub(lambda found: _words(self._at(found[1], reply, "observation")), template))
 
     def _at(self, path: str, reply: Reply, option: str) -> Any:
         """What stands in the observation at `field.inner`; `reward` and `done` count as fields of it."""
@@ -322,9 +315,4 @@ def _resolved(kind: Any, definitions: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _words(value: Any) -> str:
-    return _clean(value) if isinstance(value, str) else json.dumps(value)
-
-
-def _clean(text: str) -> str:
-    """Without the halves of surrogate pairs that JSON may bring."""
-    return text.encode("utf-8", "replace").decode()
+    return encodable(value) if isinstance(value, str) else json.dumps(value)
