@@ -1,4 +1,4 @@
-"""Real servers for the adapters that talk to one: an OpenEnv server and an MCP server, on loopback, ended by the test."""
+"""Real servers for the adapters that talk to one: OpenEnv and MCP, on loopback, ended by the test."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import servers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,8 +20,6 @@ from epo.environments.adapters.mcp import read_call
 from epo.environments.pool import EnvPool
 from epo.errors import EnvironmentFailure, UserError
 from epo.types import Step
-
-import servers
 
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("mcp"), reason="needs the extra mcp")
 
@@ -135,7 +134,7 @@ def test_a_reset_starts_a_server_anew_or_calls_its_tool(reset_tool: str | None, 
 
 
 def test_a_server_that_dies_or_hangs_costs_its_episode_only(tmp_path: Path) -> None:
-    suite, env = opened(tmp_path, tools=["die", "sleep", "put"], answer_seconds=5.0)
+    suite, env = opened(tmp_path, tools=["die", "sleep", "put"], answer_seconds=8.0)
     task = suite.tasks("train")[0]
     with env:
         for call in ('{"tool": "die"}', '{"tool": "sleep"}'):
