@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from contextlib import ExitStack, suppress
+from collections.abc import AsyncGenerator
+from contextlib import ExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -56,7 +57,7 @@ class ToolServer:
                 ours = {name: os.environ[name] for name in ("TMPDIR", "PYTHONHASHSEED") if name in os.environ}
                 target: Any = mcp.StdioServerParameters(command=command[0], args=command[1:], env={**ours, **variables})
             else:
-                target = self._portal.call(partial(self._over_http, str(url)))
+                target = _over_http(str(url), seconds)
             client = mcp.Client(target, read_timeout_seconds=seconds, cache=None)
             self._client: Any = self._open.enter_context(self._portal.wrap_async_context_manager(client))
         except Exception as error:
@@ -118,14 +119,15 @@ class ToolServer:
         with suppress(Exception, BaseExceptionGroup, asyncio.CancelledError):  # what a lost connection still has to say
             self._open.close()
 
-    async def _over_http(self, url: str) -> Any:
-        import httpx2
-        from mcp.client.streamable_http import streamable_http_client
 
-        limits = httpx2.Timeout(self._seconds)
-        return streamable_http_client(
-            url, http_client=httpx2.AsyncClient(timeout=limits, trust_env=not is_loopback(url))
-        )
+@asynccontextmanager
+async def _over_http(url: str, seconds: float) -> AsyncGenerator[Any]:
+    """Streamable HTTP, without the proxies that the environment names where the server is on this machine."""
+    http = require("httpx2", extra="mcp")
+    async with http.AsyncClient(timeout=http.Timeout(seconds), trust_env=not is_loopback(url)) as client:
+        transport = require("mcp.client.streamable_http", extra="mcp").streamable_http_client(url, http_client=client)
+        async with transport as streams:
+            yield streams
 
 
 def _words(block: Any) -> str:

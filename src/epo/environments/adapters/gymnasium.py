@@ -41,6 +41,7 @@ class GymnasiumSuite(SeededSuite):
     """
 
     name = "gymnasium"
+    library = ("gymnasium", "gymnasium")
 
     def __init__(
         self,

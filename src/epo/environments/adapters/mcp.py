@@ -45,6 +45,7 @@ class McpSuite(TaskSuite):
     """
 
     name = "mcp"
+    library = ("mcp", "mcp")
 
     def __init__(
         self,

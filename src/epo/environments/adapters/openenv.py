@@ -52,6 +52,7 @@ class OpenEnvSuite(SeededSuite):
     """
 
     name = "openenv"
+    library = ("websockets", "openenv")
 
     def __init__(
         self,

@@ -34,6 +34,7 @@ class ReasoningGymSuite(SeededSuite):
     """
 
     name = "reasoning_gym"
+    library = ("reasoning_gym", "reasoning-gym")
 
     def __init__(
         self,

@@ -34,6 +34,7 @@ class TextArenaSuite(SeededSuite):
     """
 
     name = "textarena"
+    library = ("textarena", "textarena")
 
     def __init__(
         self,

@@ -58,6 +58,7 @@ class TextWorldSuite(SeededSuite):
     """
 
     name = "textworld"
+    library = ("textworld", "alfworld")
 
     def __init__(
         self,
