@@ -37,6 +37,7 @@ class Impostor:
     Attributes:
         answers: to the messages of each connection, one after the other; None closes it, a function is called first.
         schema: what `/schema` says.
+        elsewhere: where requests of a path are sent instead.
     """
 
     def __init__(self) -> None:
@@ -45,6 +46,7 @@ class Impostor:
         self.answers: list[str | bytes | Callable[[], str] | None] = []
         self.schema: Any = {"action": {"properties": {"message": {"type": "string"}}, "required": ["message"]}}
         self.received: list[Any] = []
+        self.elsewhere: dict[str, str] = {}
         self._server = serve(self._play, "127.0.0.1", 0, process_request=self._http, close_timeout=1)
         self.url = f"http://127.0.0.1:{self._server.socket.getsockname()[1]}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -53,6 +55,10 @@ class Impostor:
         self._server.shutdown()
 
     def _http(self, connection: Any, request: Any) -> Any:
+        if request.path in self.elsewhere:
+            answer = connection.respond(HTTPStatus.TEMPORARY_REDIRECT, "")
+            answer.headers["Location"] = self.elsewhere[request.path] + request.path
+            return answer
         if request.path == "/ws":
             return None
         return connection.respond(HTTPStatus.OK, json.dumps(self.schema))
@@ -192,6 +198,45 @@ def test_choices_in_the_schema_are_the_admissible_actions(impostor: Impostor) ->
     suite = make_suite("openenv", {"url": impostor.url})
     assert env.reset(suite.tasks("train")[0]).admissible_actions == ("left", "right")
     env.close()
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        7,
+        {"action": []},
+        {"action": {"properties": {"way": 7}}},
+        {"action": {"properties": {"way": {"enum": 7}}}},
+        {"action": {"properties": {"way": {"anyOf": 7}}, "required": 7}},
+        {"action": {"properties": {"way": {"$ref": [1]}}, "$defs": 7}},
+    ],
+)
+def test_a_schema_that_is_none_is_no_crash(impostor: Impostor, schema: Any) -> None:
+    impostor.schema = schema
+    impostor.answers = [HELLO, HELLO]
+    suite = make_suite("openenv", {"url": impostor.url, "action_field": "way"})
+    suite.prepare()
+    with suite.make_env() as env:
+        env.reset(suite.tasks("train")[0])
+        assert env.step("left").understood
+
+
+@pytest.mark.parametrize("path", ["/schema", "/ws"])
+def test_nobody_is_sent_to_another_host(impostor: Impostor, path: str) -> None:
+    other = Impostor()
+    other.answers, impostor.answers = [HELLO], [HELLO]
+    impostor.elsewhere[path] = other.url.replace("127.0.0.1", "localhost")
+    suite = make_suite("openenv", {"url": impostor.url, "action_field": "text"})
+    try:
+        with suite.make_env() as env:
+            if path == "/ws":
+                with pytest.raises(EnvironmentFailure, match="no OpenEnv server answers"):
+                    env.reset(suite.tasks("train")[0])
+            else:  # the other's schema has no field "text"
+                env.reset(suite.tasks("train")[0])
+        assert other.received == []
+    finally:
+        other.close()
 
 
 def test_an_agent_may_write_the_whole_action(impostor: Impostor) -> None:

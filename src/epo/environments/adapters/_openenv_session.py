@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple, cast
+from urllib.parse import urlsplit
 
 from epo.environments.adapters._shared import brief, is_loopback, require
 from epo.errors import EnvironmentFailure, UserError
@@ -55,6 +56,16 @@ class Session:
         self._closed: type[Exception] = require("websockets.exceptions", extra="openenv").ConnectionClosed
         self._url, self._seconds = url, seconds
         self._open = ExitStack()
+        parts = urlsplit(url)
+        # With an address of its own a connection is not redirected to another host.
+        here = (
+            {
+                "proxy": None,
+                "address": (parts.hostname, parts.port or (443 if parts.scheme in ("https", "wss") else 80)),
+            }
+            if is_loopback(url)
+            else {}
+        )
         try:
             self._connection = self._open.enter_context(
                 client.connect(
@@ -62,7 +73,7 @@ class Session:
                     open_timeout=seconds,
                     close_timeout=min(seconds, 5.0),
                     max_size=_MOST_BYTES,
-                    proxy=None if is_loopback(url) else True,
+                    **here,
                 )
             )
         except Exception as error:  # sockets, TLS, handshakes, addresses
@@ -135,12 +146,19 @@ def begin(url: str, *, seconds: float, data: dict[str, Any]) -> tuple[Session, R
         return session, reply
 
 
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """Goes nowhere else: only the host that the user named is spoken to."""
+
+    def redirect_request(self, *arguments: Any, **more: Any) -> None:
+        return None
+
+
 def fetch(url: str, path: str, *, seconds: float) -> dict[str, Any]:
     """A JSON object that the server offers by HTTP; empty where it does not."""
     address = "http" + url.rstrip("/").removeprefix("http").removeprefix("ws") + path
     handlers = [urllib.request.ProxyHandler({})] if is_loopback(url) else []
     try:
-        with urllib.request.build_opener(*handlers).open(address, timeout=seconds) as answer:
+        with urllib.request.build_opener(_Stay(), *handlers).open(address, timeout=seconds) as answer:
             found = json.loads(answer.read(_MOST_BYTES))
     except (OSError, ValueError, RecursionError):
         return {}

@@ -198,9 +198,9 @@ class OpenEnvEnv(TextEnv):
         schema = cast("dict[str, Any]", found) if isinstance(found, dict) else {}
         fields = {name: kind for name, kind in _table(schema.get("properties")).items() if name != "metadata"}
         if self._field is None:
-            required = schema.get("required")
-            needed = [name for name in fields if name in (required if isinstance(required, list) else ())]
+            needed = [name for name in fields if name in _entries(schema.get("required"))]
             free = [name for name in needed or fields if name not in self._rest]
+            # Without a schema nobody is there, or an older server: the reset will tell, and a step needs the name.
             if len(free) == 1:
                 self._field = free[0]
             elif fields:
@@ -208,16 +208,15 @@ class OpenEnvEnv(TextEnv):
                     f"suite 'openenv': option 'action_field' must say which of {', '.join(fields)} carries the agent's"
                     f" text, or {WHOLE!r} for an agent that writes all of them as JSON"
                 )
-            elif not schema:  # nobody there, or an older server: the reset will tell, a step needs the name
-                return
-            else:
+            elif schema:
                 raise UserError(f"suite 'openenv': the actions of {self._url} have no field that could carry text")
         elif schema and self._field != WHOLE and self._field not in fields:
             raise UserError(
                 f"suite 'openenv': option 'action_field': the action has no field {self._field!r}, only"
                 f" {', '.join(fields)}"
             )
-        self._schema = {name: _resolved(kind, _table(schema.get("$defs"))) for name, kind in fields.items()}
+        if schema:
+            self._schema = {name: _resolved(kind, _table(schema.get("$defs"))) for name, kind in fields.items()}
 
     def _payload(self, text: str) -> dict[str, Any] | Refusal:
         """The action as the server takes it."""
@@ -277,7 +276,7 @@ class OpenEnvEnv(TextEnv):
                     " list"
                 )
             actions = tuple(map(_words, cast("list[Any]", listed)))
-        elif self._field and (choices := _table((self._schema or {}).get(self._field)).get("enum")):
+        elif self._field and (choices := _entries(_table((self._schema or {}).get(self._field)).get("enum"))):
             actions = tuple(map(_words, choices))
         return Observation(text=encodable(text), admissible_actions=actions)
 
@@ -306,10 +305,14 @@ def _table(value: Any) -> dict[str, Any]:
     return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
 
+def _entries(value: Any) -> list[Any]:
+    return cast("list[Any]", value) if isinstance(value, list) else []
+
+
 def _resolved(kind: Any, definitions: Mapping[str, Any]) -> dict[str, Any]:
     """A field's schema, one reference followed, and of `X or null` the X: what pydantic makes of a plain field."""
     found = _table(kind)
-    options = [_table(option) for option in found.get("anyOf") or () if _table(option).get("type") != "null"]
+    options = [_table(option) for option in _entries(found.get("anyOf")) if _table(option).get("type") != "null"]
     if len(options) == 1:
         found = options[0]
     return _table(definitions.get(str(found.get("$ref")).rpartition("/")[2])) or found
