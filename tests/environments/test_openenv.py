@@ -226,7 +226,8 @@ def test_nobody_is_sent_to_another_host(impostor: Impostor, path: str) -> None:
     other = Impostor()
     other.answers, impostor.answers = [HELLO], [HELLO]
     impostor.elsewhere[path] = other.url.replace("127.0.0.1", "localhost")
-    suite = make_suite("openenv", {"url": impostor.url, "action_field": "text"})
+    field = "message" if path == "/ws" else "text"
+    suite = make_suite("openenv", {"url": impostor.url, "action_field": field})
     try:
         with suite.make_env() as env:
             if path == "/ws":
