@@ -7,11 +7,13 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
+from itertools import count
 from typing import Any
 
 import pytest
 import servers
 
+from epo.authoring.checks import Thoroughness, Verdict, examine_suite
 from epo.environments import make_suite
 from epo.errors import EnvironmentFailure, UserError
 
@@ -335,6 +337,16 @@ def test_options_out_of_range(options: dict[str, Any], words: str) -> None:
 def test_no_server_is_one_line_that_says_how_to_go_on() -> None:
     with pytest.raises(UserError, match=r"no OpenEnv server answers at http://127.0.0.1:9: .*; start the server"):
         make_suite("openenv", {"url": "http://127.0.0.1:9"}).prepare()
+
+
+def test_the_check_says_where_a_seed_decides_nothing(impostor: Impostor) -> None:
+    numbers = count()
+    impostor.answers = [lambda: observation(text=f"episode {next(numbers)}")] * 50
+    brief = Thoroughness(tasks=1, turns=2, resets=2)
+    findings = {f.check: f for f in examine_suite("openenv", {"url": impostor.url}, thoroughness=brief)}
+    assert findings["types"].verdict is Verdict.OK
+    assert findings["determinism"].verdict is Verdict.FAILED
+    assert "played again" in findings["determinism"].detail
 
 
 @real
