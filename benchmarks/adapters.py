@@ -39,27 +39,30 @@ from epo.training.session import train_run  # noqa: E402
 
 STEPS = 30
 TASKS_FILE = "benchmarks/results/adapters/mcp/tasks.jsonl"
-THINGS = ["key", "ring", "coin", "lamp", "map", "book", "spoon", "candle", "rope", "hat", "stamp", "button"]
+COLOURS = ["red", "blue", "green", "black"]
+THINGS = [f"{colour} {thing}" for colour in COLOURS for thing in ("key", "ring", "coin", "lamp", "map", "book")]
+NEW_THINGS = [f"{colour} {thing}" for colour in COLOURS for thing in ("violin", "ladder")]
+
 
 for name, target in [("lake", "LakeSuite"), ("guess", "GuessSuite"), ("dial", "DialSuite")]:
     register_suite(name, f"_adapter_experts:{target}")
 
 
 def write_drawer_tasks() -> None:
-    """Put one of twelve things into one of three drawers; `iid` has pairs that training has not, `ood` new words."""
+    """Put a thing into one of three drawers; `iid` has pairs that training has not, `ood` new words."""
     pairs = [(thing, drawer) for thing in THINGS for drawer in servers.DRAWERS]
     random.Random(0).shuffle(pairs)
     splits = {
-        "train": pairs[12:],
-        "iid": pairs[:12],
-        "ood": [(thing, drawer) for thing in ("paint", "needle") for drawer in servers.DRAWERS],
+        "train": pairs[24:],
+        "iid": pairs[:24],
+        "ood": [(thing, drawer) for thing in NEW_THINGS for drawer in servers.DRAWERS],
     }
     lines: list[str] = []
     for split, chosen in splits.items():
         for thing, drawer in chosen:
             place = {"thing": thing, "drawer": drawer}
             task = {
-                "id": f"{thing}-{drawer}",
+                "id": f"{thing}-{drawer}".replace(" ", "-"),
                 "split": split,
                 "kind": "put",
                 "goal": f"Put the {thing} into the {drawer} drawer.",
@@ -105,7 +108,7 @@ CASES: dict[str, tuple[str, AbstractContextManager[dict[str, Any]], dict[str, An
     ),
     "textworld": (
         "textworld",
-        nullcontext({"rooms": 2, "objects": 3, "quest_length": 2, "train": 24, "iid": 12, "ood": 12}),
+        nullcontext({"rooms": 3, "objects": 6, "quest_length": 2, "train": 24, "iid": 12, "ood": 12}),
         {"environment.max_turns": 8, "imitation.demonstrations": 24, "imitation.batches": 150},
     ),
     "reasoning_gym": (
@@ -142,8 +145,8 @@ CASES: dict[str, tuple[str, AbstractContextManager[dict[str, Any]], dict[str, An
         drawers(),
         {
             "environment.max_turns": 3,
-            "imitation.demonstrations": 24,
-            "imitation.batches": 120,
+            "imitation.demonstrations": 48,
+            "imitation.batches": 250,
             "agent.max_response_tokens": 40,
         },
     ),
@@ -202,17 +205,24 @@ def run(name: str, folder: Path) -> None:
 
 
 def table() -> str:
-    lines = ["| adapter | panel | after imitation | after RL | episodes |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        f"| adapter | panel | episodes | after imitation | after {STEPS} steps of RL |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for name in CASES:
         if not (RESULTS / name / "summary.json").is_file():
             continue
-        summary = json.loads((RESULTS / name / "summary.json").read_text())
-        for split, panel in summary["eval"].items():
+        steps = [json.loads(line) for line in (RESULTS / name / "metrics.jsonl").read_text().splitlines()]
+        played = [sum(step["episodes"] for step in part) for part in (steps[:5], steps[-5:])]
+        won = [sum(step["success/train"] * step["episodes"] for step in part) for part in (steps[:5], steps[-5:])]
+        shares = [f"{rate / count:.2f}" for rate, count in zip(won, played, strict=True)]
+        lines.append(f"| `{name}` | training, five steps | {played[0]:.0f} | {' | '.join(shares)} |")
+        for split, panel in json.loads((RESULTS / name / "summary.json").read_text())["eval"].items():
             cells = [
                 f"{panel[when]['success']:.2f} ({panel[when]['low']:.2f} to {panel[when]['high']:.2f})"
                 for when in ("initial", "final")
             ]
-            lines.append(f"| `{name}` | `{split}` | {' | '.join(cells)} | {panel['final']['episodes']} |")
+            lines.append(f"| | `{split}` | {panel['final']['episodes']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
