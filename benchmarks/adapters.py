@@ -39,9 +39,8 @@ from epo.training.session import train_run  # noqa: E402
 
 STEPS = 30
 TASKS_FILE = "benchmarks/results/adapters/mcp/tasks.jsonl"
-COLOURS = ["red", "blue", "green", "black"]
-THINGS = [f"{colour} {thing}" for colour in COLOURS for thing in ("key", "ring", "coin", "lamp", "map", "book")]
-NEW_THINGS = [f"{colour} {thing}" for colour in COLOURS for thing in ("violin", "ladder")]
+THINGS = ["key", "ring", "coin", "lamp", "map", "book", "spoon", "candle", "rope", "hat", "stamp", "button"]
+NEW_THINGS = ["paint", "needle", "ladder", "violin"]
 
 
 for name, target in [("lake", "LakeSuite"), ("guess", "GuessSuite"), ("dial", "DialSuite")]:
@@ -53,8 +52,8 @@ def write_drawer_tasks() -> None:
     pairs = [(thing, drawer) for thing in THINGS for drawer in servers.DRAWERS]
     random.Random(0).shuffle(pairs)
     splits = {
-        "train": pairs[24:],
-        "iid": pairs[:24],
+        "train": pairs[12:],
+        "iid": pairs[:12],
         "ood": [(thing, drawer) for thing in NEW_THINGS for drawer in servers.DRAWERS],
     }
     lines: list[str] = []
@@ -62,7 +61,7 @@ def write_drawer_tasks() -> None:
         for thing, drawer in chosen:
             place = {"thing": thing, "drawer": drawer}
             task = {
-                "id": f"{thing}-{drawer}".replace(" ", "-"),
+                "id": f"{thing}-{drawer}",
                 "split": split,
                 "kind": "put",
                 "goal": f"Put the {thing} into the {drawer} drawer.",
@@ -145,8 +144,8 @@ CASES: dict[str, tuple[str, AbstractContextManager[dict[str, Any]], dict[str, An
         drawers(),
         {
             "environment.max_turns": 3,
-            "imitation.demonstrations": 48,
-            "imitation.batches": 250,
+            "imitation.demonstrations": 24,
+            "imitation.batches": 300,
             "agent.max_response_tokens": 40,
         },
     ),
