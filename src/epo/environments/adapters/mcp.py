@@ -72,6 +72,7 @@ class McpSuite(TaskSuite):
         ]:
             if not value > 0:
                 raise UserError(f"suite {self.name!r}: option {option!r} must be above 0")
+        self._identity: tuple[str, dict[str, dict[str, Any]]] | None = None
         self._path = Path(tasks)
         self._tasks = {task.id: task for task in read_tasks(self._path)}
         present = {task.split for task in self._tasks.values()}
@@ -101,13 +102,14 @@ class McpSuite(TaskSuite):
     def prepare(self) -> None:
         with self.make_env() as env:
             try:
-                env.examine()
+                self._identity = env.examine()
             except EnvironmentFailure as failure:
                 raise UserError(f"suite {self.name!r}: {failure}") from None
 
     def provenance(self) -> dict[str, Any]:
-        with self.make_env() as env:
-            name, tools = env.identity()
+        if self._identity is None:
+            self.prepare()
+        name, tools = self._identity or ("", {})
         return {
             "server": name,
             "tools_sha256": hashlib.sha256(json.dumps(tools, sort_keys=True).encode()).hexdigest(),
@@ -135,14 +137,15 @@ class McpEnv(TextEnv):
         self._tools: dict[str, dict[str, Any]] = {}
         self._task: ToolTask | None = None
 
-    def examine(self) -> None:
-        """Start a server, and look whether it has every tool that options and tasks name.
+    def examine(self) -> tuple[str, dict[str, dict[str, Any]]]:
+        """Start a server, look whether it has every tool that options and tasks name, and return its name and tools.
 
         Raises:
             EnvironmentFailure: it does not start.
             UserError: it lacks one.
         """
-        known = self._connect().tools()
+        server = self._connect()
+        known = server.tools()
         named = {"option 'tools'": self._offered or [], "option 'reset_tool'": [self._reset_tool or ""]}
         for task in self._tasks.values():
             calls = [*task.setup, task.check.call, *(task.demonstration or ())]
@@ -153,11 +156,7 @@ class McpEnv(TextEnv):
                     raise UserError(
                         f"suite 'mcp': {where}: the server has no tool {name!r}, only {', '.join(sorted(known))}"
                     )
-
-    def identity(self) -> tuple[str, dict[str, Any]]:
-        """The server's name, and its tools."""
-        server = self._connect()
-        return server.name, server.tools()
+        return server.name, known
 
     def reset(self, task: Task) -> Observation:
         if task.id not in self._tasks:
