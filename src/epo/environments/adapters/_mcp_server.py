@@ -16,6 +16,8 @@ from epo.errors import EnvironmentFailure
 _AGENTS_FAULT = (-32601, -32602)
 """JSON-RPC codes that answer a call which cannot be made: no such method, invalid parameters."""
 
+_MOST_PAGES = 100
+
 
 class Result(NamedTuple):
     """What a tool answered."""
@@ -79,16 +81,17 @@ class ToolServer:
         found: dict[str, dict[str, Any]] = {}
         cursor = None
         try:
-            while True:
+            for _ in range(_MOST_PAGES):
                 page = self._portal.call(partial(self._client.list_tools, cursor=cursor))
                 for tool in page.tools:
                     found[tool.name] = {"description": tool.description or "", "schema": tool.input_schema}
                 cursor = page.next_cursor
-                if not cursor or len(found) > 1000:
-                    return found
+                if not cursor:
+                    break
         except Exception as error:
             self.close()
             raise EnvironmentFailure(f"{self._what!r} does not list its tools: {_reason(error)}") from error
+        return found
 
     def call(self, tool: str, arguments: dict[str, Any]) -> Result:
         """Call a tool. What the tool itself finds wrong is a result with `failed`.
