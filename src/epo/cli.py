@@ -219,7 +219,10 @@ def envs(
             return
         table = Table("suite", "ready", "what it is")
         for entry in found:
-            table.add_row(entry["name"], "yes" if entry["ready"] else f"no: {entry['problem']}", entry["summary"])
+            ready = ", ".join(["yes", *(f"with {option}=..." for option in entry["needs"])])
+            table.add_row(
+                *map(escape, (entry["name"], ready if entry["ready"] else f"no: {entry['problem']}", entry["summary"]))
+            )
         stdout.print(table)
         return
     described = describe_suite(suite)
@@ -227,6 +230,9 @@ def envs(
         _print_json(described)
         return
     stdout.print(escape(described["documentation"]), soft_wrap=True, highlight=False)
+    if described["needs"]:
+        stdout.print(f"Its splits depend on what must be given: {', '.join(described['needs'])}.", highlight=False)
+        return
     table = Table("split", "tasks", "task types")
     for name, size in described["splits"].items():
         table.add_row(name, str(size["tasks"]), str(size["goals"]))

@@ -122,6 +122,10 @@ def test_envs(epo: Epo, monkeypatch: pytest.MonkeyPatch):
         split: {"tasks": len(suite.tasks(split)), "goals": len({t.goal for t in suite.tasks(split)})}
         for split in suite.splits
     }
+    needy = json.loads(epo("envs", "gymnasium", "--json").out)
+    assert (needy["needs"], needy["splits"]) == (["id"], {})
+    assert "as for `gymnasium.make`" in epo("envs", "gymnasium").out
+    assert suites["gymnasium"]["needs"] == ["id"]
     shown = epo("envs", "corridor")
     assert "length: doors" in shown.out and "train" in shown.out
     assert "did you mean 'corridor'" in one_line_error(epo("envs", "coridor"))

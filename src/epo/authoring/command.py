@@ -40,7 +40,7 @@ def new(
     folder = write_package(name, path)
     stdout.print(
         f"wrote {visible(str(folder))}; next:\n"
-        f"  pip install --no-deps --no-build-isolation -e {visible(str(folder))}\n"
+        f"  pip install --no-deps -e {visible(str(folder))}\n"
         f"  epo env check {name}\n"
         f"  epo train {visible(str(folder / 'recipe.yaml'))}",
         markup=False,
