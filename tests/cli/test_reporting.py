@@ -7,7 +7,6 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -136,8 +135,3 @@ def test_a_run_without_plotly_ends_with_a_note(epo: Callable[..., Any], monkeypa
     assert json.loads(Path("runs/plain/summary.json").read_text())["report"] is None
     assert not Path("runs/plain/report.html").exists()
     assert epo("report", "runs/plain").code == 2
-
-
-def test_the_report_machinery_is_not_loaded_for_help() -> None:
-    code = "import epo.cli, sys; sys.exit(bool({'plotly', 'starlette', 'uvicorn'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -65,13 +65,13 @@ class FaultyEnv(TextEnv):
             text += f" Process {os.getpid()}."
         if self.suite.fault == "large":
             text *= 100_000
-        if self.suite.fault == "flood":
-            text *= 1_000_000
         if self.suite.fault == "modules":
             text = " ".join(sys.modules)
         return replace(step, observation=replace(step.observation, text=text))
 
     def demonstration(self, task: Task) -> list[str] | None:
+        if self.suite.fault == "flood":
+            return ["x" * (1 << 24)]
         return None if self.suite.fault == "no expert" else self.inner.demonstration(task)
 
     def close(self) -> None:

@@ -1,15 +1,17 @@
 """Other libraries' environments keep the contract, say what the library says, and can be trained on.
 
-reasoning-gym and TextArena are tested where they are installed: `make test-adapters`.
+reasoning-gym, TextArena and OpenEnv's server are tested where they are installed: `make test-adapters`.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import servers
 from rich.console import Console
 
 from epo.authoring.checks import Thoroughness, Verdict, examine_suite
@@ -32,6 +34,8 @@ gymnasium_installed = pytest.mark.skipif(not importlib.util.find_spec("gymnasium
 reasoning_gym_installed = pytest.mark.skipif(
     not importlib.util.find_spec("reasoning_gym"), reason="make test-adapters has it"
 )
+openenv_installed = pytest.mark.skipif(servers.openenv_python() is None, reason="make test-adapters has it")
+mcp_installed = pytest.mark.skipif(not importlib.util.find_spec("mcp"), reason="needs the extra mcp")
 textarena_installed = pytest.mark.skipif(not importlib.util.find_spec("textarena"), reason="make test-adapters has it")
 EVERY = [
     pytest.param("gymnasium", ECHO, marks=gymnasium_installed, id="gymnasium-text"),
@@ -39,6 +43,8 @@ EVERY = [
     pytest.param("textworld", GAMES, id="textworld"),
     pytest.param("reasoning_gym", SUM, marks=reasoning_gym_installed, id="reasoning_gym"),
     pytest.param("textarena", GUESS, marks=textarena_installed, id="textarena"),
+    pytest.param("openenv", None, marks=openenv_installed, id="openenv"),
+    pytest.param("mcp", None, marks=mcp_installed, id="mcp"),
 ]
 
 
@@ -49,10 +55,23 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield
 
 
+@pytest.fixture
+def served(suite: str, options: dict[str, Any] | None, tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """The options of a suite, with a server at work where it needs one."""
+    if suite == "openenv":
+        with servers.dial() as found:
+            yield found
+    elif suite == "mcp":
+        yield servers.drawers(tmp_path)
+    else:
+        assert options is not None
+        yield options
+
+
 @pytest.mark.parametrize(("suite", "options"), EVERY)
-def test_an_adapter_keeps_the_contract(suite: str, options: dict[str, Any]) -> None:
+def test_an_adapter_keeps_the_contract(suite: str, served: dict[str, Any]) -> None:
     brief = Thoroughness(tasks=1, turns=6, resets=30)
-    findings = examine_suite(suite, options, thoroughness=brief)
+    findings = examine_suite(suite, served, thoroughness=brief)
     assert not [finding for finding in findings if finding.verdict is Verdict.FAILED]
 
 
@@ -75,13 +94,13 @@ def minute(suite: str, options: dict[str, Any], *, model: Path) -> Config:
 
 @pytest.mark.parametrize(("suite", "options"), EVERY)
 def test_two_rl_steps_on_every_adapter(
-    suite: str, options: dict[str, Any], tmp_path: Path, tiny_config: ModelConfig, tokenizer: Any
+    suite: str, served: dict[str, Any], tmp_path: Path, tiny_config: ModelConfig, tokenizer: Any
 ) -> None:
     # Where there is no expert, a run starts from a model.
     model = build_model(tokenizer, tiny_config.model_copy(update={"max_context": 1024}), seed=0)
     Policy(model, tokenizer, max_context=1024).save(tmp_path / "model")
     with ConsoleObserver(2, Console(quiet=True)) as observer:
-        summary = train_run(minute(suite, options, model=tmp_path / "model"), tmp_path / "run", observer, resume=False)
+        summary = train_run(minute(suite, served, model=tmp_path / "model"), tmp_path / "run", observer, resume=False)
     assert (summary["finished"], summary["steps"]) == (True, 2)
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert metrics.count("\n") == 2

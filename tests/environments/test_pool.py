@@ -295,14 +295,15 @@ def test_noise_stays_out_of_the_terminal(log: Path, capfd: pytest.CaptureFixture
     assert "noise" not in "".join(capfd.readouterr())
 
 
-def test_workers_are_light_and_answers_may_be_large(log: Path):
+def test_workers_are_light_and_large_answers_are_cut(log: Path):
     with EnvPool("faulty", {"log": str(log), "fault": "modules"}, size=1) as pool:
         modules = play(pool, TASKS[0])[1].observation.text.split()
     assert {"epo.types", "numpy"} <= set(modules)
     assert not {"torch", "transformers", "pydantic", "pytest"} & set(modules)
     with EnvPool("faulty", {"log": str(log), "fault": "large"}, size=1) as pool:
         texts = [step.observation.text for step in play(pool, TASKS[0])[1:]]
-    assert texts == [step.observation.text * 100_000 for step in undisturbed(TASKS[0])[1:]]
+    whole = [step.observation.text * 100_000 for step in undisturbed(TASKS[0])[1:]]
+    assert texts == [f"{text[:100_000]}\n[{len(text) - 100_000} more characters are not shown]" for text in whole]
 
 
 def test_memory_is_that_of_worker_and_descendants(log: Path):
@@ -431,6 +432,28 @@ def test_answers_become_plain():
     assert checked(Request("demonstration", ""), None) is None
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (Observation(text="x" * 100_000, goal="y" * 100_000), None),
+        (Observation(text="x", admissible_actions=("a" * 50_000,) * 2), None),
+        (
+            Observation(text="x", admissible_actions=("a" * 50_000, "b" * 50_001, "c")),
+            Observation(text="x\n[2 more actions are not listed]", admissible_actions=("a" * 50_000,)),
+        ),
+        (
+            Observation(text="é" * 100_001, goal="y" * 1_000_000),
+            Observation(
+                text="é" * 100_000 + "\n[1 more characters are not shown]",
+                goal="y" * 100_000 + "\n[900000 more characters are not shown]",
+            ),
+        ),
+    ],
+)
+def test_what_is_too_long_to_read_is_cut_and_says_so(given: Observation, kept: Observation | None):
+    assert checked(Request("reset", ""), given) == (kept or given)
+
+
 def test_a_broken_contract_ends_the_episode_at_once_and_the_worker_goes_on(log: Path, caplog: pytest.LogCaptureFixture):
     options = {"log": str(log), "fault": "nonsense", "only": TASKS[0].id}
     with EnvPool("faulty", options, size=1) as pool:
@@ -441,7 +464,8 @@ def test_a_broken_contract_ends_the_episode_at_once_and_the_worker_goes_on(log: 
         assert pool.stats().restarts == {"died": 0, "hung": 0, "failed": 0} and pool.stats().failures == 1
     assert len(noted(log, "worker")) == 1
     with EnvPool("faulty", {"log": str(log), "fault": "flood"}, size=1) as pool:
-        assert "bytes; at most" in str(play(pool, TASKS[0])[-1])
+        (flooded,) = pool.demonstrate(TASKS[:1])
+        assert "bytes; at most" in str(flooded)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ class Spoken(Sampler):
 
 @pytest.mark.parametrize("speak", [expert, clumsy])
 @pytest.mark.parametrize("change", [{}, {"list_actions": True}, {"context": "window", "window": 2},
-                                    {"context": "window", "window": 0}, {"prompt": "remind"}])  # fmt: skip
+                                    {"context": "window", "window": 0}, {"prompt": "remind"}, {"max_action_characters": 4}])  # fmt: skip
 def test_the_same_answers_make_the_same_episodes(
     pool: EnvPool, policy: Policy, speak: Speak, change: dict[str, Any]
 ) -> None:

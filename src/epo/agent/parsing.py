@@ -9,7 +9,7 @@ from typing import Literal
 ResponseFormat = Literal["action", "think_action"]
 
 MAX_ACTION_CHARACTERS = 500
-"""No environment has longer actions; runaway text is cut, and marked invalid."""
+"""No game has longer actions; runaway text is cut, and marked invalid."""
 
 # Text without any tag: a second pair of tags must not hide inside the first, and no match takes more than linear time.
 _PLAIN = r"(?:(?!</?(?:think|action)>).)*+"
@@ -25,7 +25,9 @@ class ParsedAction:
     """The response has the required format."""
 
 
-def parse_response(text: str, *, response_format: ResponseFormat, finished: bool = True) -> ParsedAction:
+def parse_response(
+    text: str, *, response_format: ResponseFormat, finished: bool = True, longest: int = MAX_ACTION_CHARACTERS
+) -> ParsedAction:
     """Read the action out of a response.
 
     Args:
@@ -33,6 +35,7 @@ def parse_response(text: str, *, response_format: ResponseFormat, finished: bool
         response_format: `action` (the response is one line, the action) or `think_action`
             (`<think>..</think><action>..</action>`, nothing else, no tags inside). A response without that format still
             acts: its first `<action>..</action>` is sent.
+        longest: characters of an action (`agent.max_action_characters`).
         finished: the model ended its turn; a response cut at the token limit is never valid.
 
     Example::
@@ -46,8 +49,8 @@ def parse_response(text: str, *, response_format: ResponseFormat, finished: bool
         is_valid = _THINK_ACTION.fullmatch(text) is not None
         found = _ACTION.search(text)
         action = found["action"].strip() if found else ""
-    clean = action.splitlines() == [action] and len(action) <= MAX_ACTION_CHARACTERS
-    return ParsedAction(action[:MAX_ACTION_CHARACTERS], is_valid and clean and finished)
+    clean = action.splitlines() == [action] and len(action) <= longest
+    return ParsedAction(action[:longest], is_valid and clean and finished)
 
 
 def render_response(action: str, *, response_format: ResponseFormat, thought: str = "") -> str:

@@ -40,7 +40,7 @@ def new(
     folder = write_package(name, path)
     stdout.print(
         f"wrote {visible(str(folder))}; next:\n"
-        f"  pip install --no-deps --no-build-isolation -e {visible(str(folder))}\n"
+        f"  pip install --no-deps -e {visible(str(folder))}\n"
         f"  epo env check {name}\n"
         f"  epo train {visible(str(folder / 'recipe.yaml'))}",
         markup=False,
@@ -55,7 +55,7 @@ def new(
 def check(
     suite: Annotated[str, typer.Argument(help="Name of a suite; `epo envs` lists them.")],
     options: Annotated[
-        list[str] | None, typer.Argument(metavar="OPTION=VALUE", help="Suite options, such as `length=3`.")
+        list[str] | None, typer.Argument(metavar="OPTION=VALUE", help="Suite options, such as `length=5`.")
     ] = None,
     tasks: Annotated[int, typer.Option(min=1, help="Tasks of each split to play.")] = 3,
     turns: Annotated[int, typer.Option(min=1, help="Turns of each episode.")] = 15,

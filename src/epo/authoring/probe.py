@@ -16,7 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
 
-from epo.environments._worker import Answer, Lost, Request, Worker, process_table
+from epo.environments._processes import family, process_table
+from epo.environments._worker import Answer, Lost, Request, Worker
 from epo.environments.registry import resolve_suite
 from epo.types import Task
 
@@ -83,7 +84,7 @@ class Probe:
     def usage(self) -> Usage | None:
         """What the worker holds; None without a worker, and where there is no /proc."""
         leader = self._worker.pid if self._worker else None
-        processes = [process for process in process_table() if process.session == leader]
+        processes = family(leader, process_table()) if leader is not None else []
         if not processes:
             return None
         descriptors = 0

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import ray
 import torch
@@ -23,7 +23,7 @@ from epo.training.skipped import SkippedBatch
 from epo.training.trainer import control_of
 from epo.types import FloatArray, TrajectoryGroup
 
-Notes = list[tuple[FloatArray | None, FloatArray | None]]
+Notes: TypeAlias = "list[tuple[FloatArray | None, FloatArray | None]]"
 """Advantages and ratios of every turn of a step, in order."""
 
 

@@ -41,6 +41,8 @@ class AgentConfig(Section):
     """Subtracted from the reward of a turn whose response lacks the required format."""
     max_response_tokens: int = Field(default=512, ge=1)
     """Tokens after which a response is cut."""
+    max_action_characters: int = Field(default=500, ge=1)
+    """A longer action is cut, and invalid. Games have shorter ones; calls of tools may be longer."""
     overflow: Literal["end", "drop_oldest"] = "end"
     """What happens when a prompt outgrows `model.max_context`. `end`: the episode ends. `drop_oldest`: a transcript
     goes on without its oldest turns after the first message, which begins a new training row; a window shows fewer

@@ -1,11 +1,10 @@
-"""The process table: which processes live in a session, and what memory they hold. Empty where there is no /proc."""
+"""The process table: which processes belong to a worker, and what memory they hold. Empty where there is no /proc."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import time
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ class ProcessInfo(NamedTuple):
     """A line of the process table."""
 
     pid: int
+    parent: int
     session: int
     rss_bytes: int
 
@@ -29,28 +29,37 @@ def process_table() -> list[ProcessInfo]:
             pid, _, rest = stat.read_text(errors="replace").partition(" (")
             fields = rest.rpartition(") ")[2].split()  # the name before it may hold anything
             if fields[0] not in "ZX":
-                table.append(ProcessInfo(int(pid), int(fields[3]), int(fields[21]) * page))
+                table.append(ProcessInfo(int(pid), int(fields[1]), int(fields[3]), int(fields[21]) * page))
     return table
 
 
+def family(leader: int, table: list[ProcessInfo]) -> list[ProcessInfo]:
+    """The processes of the leader's session, and what descends from them in sessions of its own: servers of the Model
+    Context Protocol are started so."""
+    members = {process.pid for process in table if process.session == leader}
+    grown = True
+    while grown:
+        offspring = {process.pid for process in table if process.parent in members} - members
+        members |= offspring
+        grown = bool(offspring)
+    return [process for process in table if process.pid in members]
+
+
 class SessionMemory:
-    """Resident memory by session, looked up at most every `MAX_AGE_SECONDS`."""
+    """Resident memory by worker, looked up at most every `MAX_AGE_SECONDS`."""
 
     def __init__(self) -> None:
-        self._bytes: Counter[int] = Counter()
+        self._table: list[ProcessInfo] = []
         self._looked_at = float("-inf")
 
-    def of(self, session: int) -> int:
-        """Bytes that all processes of a session hold together; 0 for an unknown one."""
+    def of(self, leader: int) -> int:
+        """Bytes that a worker and all its descendants hold together; 0 for an unknown one."""
         if time.monotonic() - self._looked_at >= MAX_AGE_SECONDS:
             self.look()
-        return self._bytes[session]
+        return sum(process.rss_bytes for process in family(leader, self._table))
 
     def look(self) -> bool:
         """Read the process table anew. False where there is none."""
-        table = process_table()
-        self._bytes = Counter()
-        for process in table:
-            self._bytes[process.session] += process.rss_bytes
+        self._table = process_table()
         self._looked_at = time.monotonic()
-        return bool(table)
+        return bool(self._table)

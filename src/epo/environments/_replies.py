@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, SupportsFloat, cast
 
 from epo.types import Observation, Step
@@ -9,9 +11,14 @@ from epo.types import Observation, Step
 if TYPE_CHECKING:
     from epo.environments._worker import Request
 
+MAX_CHARACTERS = 100_000
+"""Of an observation's text, of its goal, and of all its admissible actions: some 25,000 tokens of English. A megabyte
+keeps the tokenizer busy for many seconds, only for the episode to end for lack of room."""
+
 
 def checked(request: Request, value: Any) -> Observation | Step | list[str] | None:
-    """`value`, returned by the method that `request` names, with strings, floats and booleans of the built-in kinds.
+    """`value`, returned by the method that `request` names, with strings, floats and booleans of the built-in kinds,
+    and no text longer than `MAX_CHARACTERS`: what is cut is said.
 
     Raises:
         TypeError: it is not what the contract says; tells the field and its kind.
@@ -40,12 +47,28 @@ def _step(value: Any) -> Step:
 def _observation(value: Any, what: str) -> Observation:
     if not isinstance(value, Observation):
         raise TypeError(f"{what} returned {_kind(value)}, not an Observation")
-    actions = value.admissible_actions
+    text, actions = _cut(_text(value.text, "text")), value.admissible_actions
+    if actions is not None:
+        listed = _texts(actions, "admissible_actions")
+        actions = _fitting(listed)
+        if len(actions) < len(listed):
+            text += f"\n[{len(listed) - len(actions)} more actions are not listed]"
     return Observation(
-        text=_text(value.text, "text"),
-        admissible_actions=None if actions is None else tuple(_texts(actions, "admissible_actions")),
-        goal=None if value.goal is None else _text(value.goal, "goal"),
+        text=text,
+        admissible_actions=actions,
+        goal=None if value.goal is None else _cut(_text(value.goal, "goal")),
     )
+
+
+def _cut(text: str) -> str:
+    left = len(text) - MAX_CHARACTERS
+    return text if left <= 0 else f"{text[:MAX_CHARACTERS]}\n[{left} more characters are not shown]"
+
+
+def _fitting(actions: list[str]) -> tuple[str, ...]:
+    """The first actions that have no more than `MAX_CHARACTERS` together."""
+    lengths = list(accumulate(map(len, actions)))
+    return tuple(actions[: bisect_right(lengths, MAX_CHARACTERS)])
 
 
 def _texts(value: Any, field: str) -> list[str]:

@@ -30,7 +30,7 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any, Literal, NamedTuple
 
-from epo.environments._processes import process_table
+from epo.environments._processes import family, process_table
 from epo.environments._replies import checked
 from epo.environments.base import TextEnv
 from epo.environments.registry import load_suite
@@ -171,7 +171,12 @@ class Worker:
 
     def kill(self) -> tuple[str, str]:
         """End the process and all its descendants now. Returns how it died, and the last it wrote to stderr."""
-        # All this before the leader is waited for: until then its id cannot belong to anyone else.
+        # All this before the leader is waited for: until then its id cannot belong to anyone else. Descendants in
+        # sessions of their own are found by their parents, so they come before it; it is stopped meanwhile, and so
+        # neither starts others nor remarks on their end.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(self.pid, signal.SIGSTOP)
+        _kill_descendants(self.pid)
         with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS denies signals to a dead group
             os.killpg(self.pid, signal.SIGKILL)
         deadline = time.monotonic() + _DEATH_SECONDS
@@ -194,8 +199,8 @@ class Worker:
 
 
 def _kill_descendants(leader: int) -> list[int]:
-    """Kill what lives in the leader's session, in whatever process group, but the leader. Returns whom it killed."""
-    pids = [process.pid for process in process_table() if process.session == leader != process.pid]
+    """Kill what lives in the leader's session or descends from it, but the leader. Returns whom it killed."""
+    pids = [process.pid for process in family(leader, process_table()) if process.pid != leader]
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

@@ -56,6 +56,8 @@ class TaskSuite(ABC):
 
     name: str
     splits: tuple[str, ...] = ("train", "iid", "ood")
+    library: tuple[str, str] | None = None
+    """A module that must be installed and is imported late, and the extra of this package that brings it."""
 
     @abstractmethod
     def tasks(self, split: str) -> Sequence[Task]:

@@ -24,6 +24,8 @@ _BUILT_IN = {
     "corridor": "epo.environments.corridor:CorridorSuite",
     "gymnasium": "epo.environments.adapters.gymnasium:GymnasiumSuite",
     "household": "epo.environments.alfworld:HouseholdSuite",
+    "mcp": "epo.environments.adapters.mcp:McpSuite",
+    "openenv": "epo.environments.adapters.openenv:OpenEnvSuite",
     "reasoning_gym": "epo.environments.adapters.reasoning_gym:ReasoningGymSuite",
     "scienceworld": "epo.environments.scienceworld:ScienceWorldSuite",
     "textarena": "epo.environments.adapters.textarena:TextArenaSuite",
@@ -81,6 +83,21 @@ def resolve_suite(name: str) -> str:
 
 def load_suite(name: str, target: str, options: Mapping[str, Any] | None = None) -> TaskSuite:
     """`make_suite` for a target that is resolved already, as workers receive it."""
+    suite_class = load_class(name, target)
+    options = dict(options or {})
+    _check_options(name, suite_class, options)
+    missing = required_options(suite_class, options)
+    if missing:
+        raise UserError(f"suite {name!r} needs the option {missing[0]!r}")
+    return suite_class(**options)
+
+
+def load_class(name: str, target: str) -> type[TaskSuite]:
+    """The class behind a suite's target, which needs none of the suite's options.
+
+    Raises:
+        UserError: a package is not installed, or it is no suite.
+    """
     module_name, _, attribute = target.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -90,9 +107,17 @@ def load_suite(name: str, target: str, options: Mapping[str, Any] | None = None)
     suite_class = getattr(module, attribute, None)
     if not (isinstance(suite_class, type) and issubclass(suite_class, TaskSuite)):
         raise UserError(f"suite {name!r}: {target} is not a TaskSuite class")
-    options = dict(options or {})
-    _check_options(name, suite_class, options)
-    return suite_class(**options)
+    return suite_class
+
+
+def required_options(suite_class: type[TaskSuite], given: Iterable[str] = ()) -> list[str]:
+    """Names of the options that have no default and are not `given`."""
+    return [key for key, p in _named(suite_class).items() if p.default is p.empty and key not in given]
+
+
+def _named(suite_class: type[TaskSuite]) -> dict[str, inspect.Parameter]:
+    parameters = inspect.signature(suite_class).parameters
+    return {key: p for key, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
 
 
 def _targets() -> dict[str, str]:
@@ -112,9 +137,8 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _check_options(name: str, suite_class: type[TaskSuite], options: Mapping[str, Any]) -> None:
-    parameters = inspect.signature(suite_class).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    named = {key: p for key, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(suite_class).parameters.values())
+    named = _named(suite_class)
     hints = get_type_hints(suite_class.__init__)
     for key, value in options.items():
         if key not in named and not takes_any:
@@ -122,9 +146,6 @@ def _check_options(name: str, suite_class: type[TaskSuite], options: Mapping[str
             raise UserError(f"suite {name!r} has no option {key!r}{_nearest(key, named)}; {known}")
         if not _fits(value, hints.get(key, Any)):
             raise UserError(f"suite {name!r}: option {key!r} must be {_describe(hints[key])}, not {value!r}")
-    missing = [key for key, p in named.items() if p.default is p.empty and key not in options]
-    if missing:
-        raise UserError(f"suite {name!r} needs the option {missing[0]!r}")
 
 
 def _fits(value: Any, hint: Any) -> bool:

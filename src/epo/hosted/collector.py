@@ -168,7 +168,12 @@ class HostedCollector:
             trajectory.stop_reason = StopReason.CONTEXT_OVERFLOW if is_long else StopReason.SERVER_ERROR
             trajectory.error = str(refusal)
             return False
-        parsed = parse_response(reply.text, response_format=self._config.format, finished=reply.finished)
+        parsed = parse_response(
+            reply.text,
+            response_format=self._config.format,
+            finished=reply.finished,
+            longest=self._config.max_action_characters,
+        )
         trajectory.turns.append(
             Turn(
                 prompt_ids=_NO_IDS,

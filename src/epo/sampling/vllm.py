@@ -24,7 +24,7 @@ from epo.config import SamplerConfig
 from epo.errors import UserError
 from epo.sampling._vllm_engine import Engine, EngineDied, EngineRefused, require_vllm
 from epo.sampling.base import Completion, Request, Sampler
-from epo.training.adapters import effective_weight
+from epo.training.adapters import merged_tensors
 from epo.training.attention import logit_cap
 from epo.training.policy import Policy
 from epo.types import Alternatives, FloatArray
@@ -257,15 +257,10 @@ def export_weights(policy: Policy, file: Path, *, temperature: float) -> None:
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
     dtype = engine_dtype(policy)
     tensors: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        if ".lora_" in name:
-            continue
-        layer, adapted, part = name.partition(".base_layer.")
-        if adapted and part == "weight" and policy.adapter is not None:
-            tensor = effective_weight(model.get_submodule(layer), adapter=policy.adapter)
+    for name, tensor in merged_tensors(model, adapter=policy.adapter):
         if name.startswith(f"{head}."):
             tensor = tensor / temperature  # a tensor of its own, also where the head is tied
-        tensors[f"{layer}.{part}" if adapted else name] = tensor.to("cpu", dtype).contiguous()
+        tensors[name] = tensor.to("cpu", dtype).contiguous()
     save_file(tensors, file)
 
 

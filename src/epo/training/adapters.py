@@ -251,6 +251,17 @@ def effective_weight(linear: Any, *, adapter: str = POLICY) -> Tensor:
     return (base_O_I.float() + linear.scaling[adapter] * low_rank_O_I).to(base_O_I.dtype)
 
 
+def merged_tensors(model: Any, *, adapter: str | None) -> Iterator[tuple[str, Tensor]]:
+    """A model's weights under the names they have without adapters, one adapter merged in; with None, the base's."""
+    for name, tensor in model.state_dict().items():
+        if ".lora_" in name:
+            continue
+        layer, adapted, part = name.partition(".base_layer.")
+        if adapted and part == "weight" and adapter is not None:
+            tensor = effective_weight(model.get_submodule(layer), adapter=adapter)
+        yield (f"{layer}.{part}" if adapted else name), tensor
+
+
 def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """SHA-256 over names, types, shapes and values, in the order of names."""
     total = hashlib.sha256()

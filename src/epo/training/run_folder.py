@@ -72,7 +72,7 @@ class RunFolder:
     def add_provenance(self, more: dict[str, Any]) -> None:
         """Add to what decides the outcome, as far as it was not known when the run was made."""
         if more:
-            write_atomically(self.path / "provenance.json", json.dumps(self._provenance() | more, indent=1))
+            write_atomically(self.path / "provenance.json", json.dumps(self.provenance() | more, indent=1))
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -111,7 +111,7 @@ class RunFolder:
     @property
     def id(self) -> str | None:
         """Names the run: a digest of the configuration it was started with. None for one of an older version."""
-        value = self._provenance().get("run")
+        value = self.provenance().get("run")
         return value if isinstance(value, str) else None
 
     def config(self) -> Config:
@@ -129,14 +129,15 @@ class RunFolder:
         try:
             return parse_config(tree)
         except UserError as error:
-            packages = self._provenance().get("packages")
+            packages = self.provenance().get("packages")
             version = packages.get("epo-agents") if isinstance(packages, dict) else None
             raise UserError(
                 f"{str(file)!r} is not a configuration of this version of epo ({error}): use the version that wrote it"
                 f"{f', {version}' if version else ''}, or mend the file"
             ) from None
 
-    def _provenance(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
+        """Versions, commit, data and machine behind the run; empty where the file is not to be read."""
         try:
             content = json.loads((self.path / "provenance.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):

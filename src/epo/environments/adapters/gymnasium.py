@@ -6,12 +6,11 @@ Towers et al., "Gymnasium: A Standard Interface for Reinforcement Learning Envir
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from epo.environments.adapters._seeded import plain, require, seeded_tasks, tasks_of
-from epo.environments.base import TaskSuite, TextEnv
+from epo.environments.adapters._shared import SeededSuite, plain, require
+from epo.environments.base import TextEnv
 from epo.errors import UserError
 from epo.types import Observation, Step, Task
 
@@ -19,7 +18,7 @@ _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _CURSOR = re.compile(r"\x1b\[4[0-9]m(.)\x1b\[0m", re.DOTALL)  # toy_text marks the agent by colour alone
 
 
-class GymnasiumSuite(TaskSuite):
+class GymnasiumSuite(SeededSuite):
     """Any Gymnasium environment with text or `ansi` rendering, and with text or named discrete actions.
 
     A task is a seed. Full success is Gymnasium's to name, and it has no name for it: an episode succeeds when it
@@ -42,6 +41,7 @@ class GymnasiumSuite(TaskSuite):
     """
 
     name = "gymnasium"
+    library = ("gymnasium", "gymnasium")
 
     def __init__(
         self,
@@ -57,20 +57,13 @@ class GymnasiumSuite(TaskSuite):
         ood_options: dict[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
-        self._tasks = seeded_tasks(
-            self.name, goal=id, seed=seed, train=train, iid=iid, ood=None if ood_options is None else ood
-        )
-        self.splits = tuple(self._tasks)
-        self._id, self._options, self._ood_options = id, options or {}, ood_options
-        self._actions, self._goal, self._success_reward = actions, goal or f"Play {id}.", success_reward
-
-    def tasks(self, split: str) -> Sequence[Task]:
-        return tasks_of(self.name, self._tasks, split)
+        super().__init__(goal=id, seed=seed, train=train, iid=iid, ood=ood, options=options, ood_options=ood_options)
+        self._id, self._actions, self._goal, self._success_reward = id, actions, goal or f"Play {id}.", success_reward
 
     def make_env(self) -> GymnasiumEnv:
         return GymnasiumEnv(
             self._id,
-            options={"train": self._options, "iid": self._options, "ood": self._ood_options or {}},
+            options=self._options,
             actions=self._actions,
             goal=self._goal,
             success_reward=self._success_reward,

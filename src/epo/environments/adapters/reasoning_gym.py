@@ -6,17 +6,16 @@ arXiv 2505.24760.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from epo.environments.adapters._seeded import require, seeded_tasks, tasks_of
-from epo.environments.base import TaskSuite, TextEnv
+from epo.environments.adapters._shared import SeededSuite, require
+from epo.environments.base import TextEnv
 from epo.errors import EnvironmentFailure, UserError
 from epo.types import Observation, Step, Task
 
 
-class ReasoningGymSuite(TaskSuite):
+class ReasoningGymSuite(SeededSuite):
     """One of reasoning-gym's data sets. The answer is the only turn; success is a score of 1.
 
     `train` and `iid` are different items of one data set; where it has few different questions, they share some.
@@ -35,6 +34,7 @@ class ReasoningGymSuite(TaskSuite):
     """
 
     name = "reasoning_gym"
+    library = ("reasoning_gym", "reasoning-gym")
 
     def __init__(
         self,
@@ -51,16 +51,9 @@ class ReasoningGymSuite(TaskSuite):
             if name in {**(options or {}), **(ood_options or {})}:
                 raise UserError(f"suite {self.name!r}: {name!r} is the suite's own; leave it out of the options")
         # The library draws item i from seed + i, so different seeds would give shifted copies of the same questions.
-        self._tasks = seeded_tasks(
-            self.name, goal=dataset, seed=0, train=train, iid=iid, ood=None if ood_options is None else ood
-        )
-        self.splits = tuple(self._tasks)
+        super().__init__(goal=dataset, seed=0, train=train, iid=iid, ood=ood, options=options, ood_options=ood_options)
         self._size = train + iid + (0 if ood_options is None else ood)
         self._dataset, self._seed = dataset, seed
-        self._options = {"train": options or {}, "iid": options or {}, "ood": ood_options or {}}
-
-    def tasks(self, split: str) -> Sequence[Task]:
-        return tasks_of(self.name, self._tasks, split)
 
     def make_env(self) -> ReasoningGymEnv:
         return ReasoningGymEnv(self._dataset, options=self._options, seed=self._seed, size=self._size)

@@ -6,17 +6,16 @@ Guertler et al., "TextArena", arXiv 2504.11442.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from epo.environments.adapters._seeded import plain, require, seeded_tasks, tasks_of
-from epo.environments.base import TaskSuite, TextEnv
+from epo.environments.adapters._shared import SeededSuite, plain, require
+from epo.environments.base import TextEnv
 from epo.errors import EnvironmentFailure, UserError
 from epo.types import Observation, Step, Task
 
 
-class TextArenaSuite(TaskSuite):
+class TextArenaSuite(SeededSuite):
     """A TextArena game for one player. Success is the game's own reward of 1, and partial reward is the score.
 
     Games that fetch word lists (Wordle, Hangman and others) need NLTK's data on disk.
@@ -35,6 +34,7 @@ class TextArenaSuite(TaskSuite):
     """
 
     name = "textarena"
+    library = ("textarena", "textarena")
 
     def __init__(
         self,
@@ -47,15 +47,8 @@ class TextArenaSuite(TaskSuite):
         ood_options: dict[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
-        self._tasks = seeded_tasks(
-            self.name, goal=id, seed=seed, train=train, iid=iid, ood=None if ood_options is None else ood
-        )
-        self.splits = tuple(self._tasks)
+        super().__init__(goal=id, seed=seed, train=train, iid=iid, ood=ood, options=options, ood_options=ood_options)
         self._id = id
-        self._options = {"train": options or {}, "iid": options or {}, "ood": ood_options or {}}
-
-    def tasks(self, split: str) -> Sequence[Task]:
-        return tasks_of(self.name, self._tasks, split)
 
     def make_env(self) -> TextArenaEnv:
         return TextArenaEnv(self._id, options=self._options)

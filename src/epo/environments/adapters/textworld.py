@@ -13,13 +13,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from epo.environments.adapters._seeded import plain, require, seeded_tasks, tasks_of
-from epo.environments.base import TaskSuite, TextEnv
+from epo.environments.adapters._shared import SeededSuite, plain, require
+from epo.environments.base import TextEnv
 from epo.environments.household import cache_root
 from epo.errors import EnvironmentFailure, UserError
 from epo.types import Observation, Step, Task
@@ -37,7 +36,7 @@ with it; a full stop would join one command to another."""
 _LONGEST_COMMAND = 100
 
 
-class TextWorldSuite(TaskSuite):
+class TextWorldSuite(SeededSuite):
     """Generated TextWorld games; `ood` has longer quests than `train` and `iid`.
 
     The games are made once (`prepare`, or the first use; a few seconds each) and kept under `$EPO_CACHE`, else
@@ -59,6 +58,7 @@ class TextWorldSuite(TaskSuite):
     """
 
     name = "textworld"
+    library = ("textworld", "alfworld")
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class TextWorldSuite(TaskSuite):
         ]:
             if value < 1:
                 raise UserError(f"suite {self.name!r}: option {option!r} must be at least 1, not {value}")
-        self._tasks = seeded_tasks(self.name, goal="", seed=seed, train=train, iid=iid, ood=ood)
+        super().__init__(goal="", seed=seed, train=train, iid=iid, ood=ood, options=None, ood_options={})
         self._plan = {
             task.id: {
                 "seed": task.seed,
@@ -94,9 +94,6 @@ class TextWorldSuite(TaskSuite):
             for task in tasks
         }
         self._cache = cache
-
-    def tasks(self, split: str) -> Sequence[Task]:
-        return tasks_of(self.name, self._tasks, split)
 
     def make_env(self) -> TextWorldEnv:
         return TextWorldEnv(self._games())
