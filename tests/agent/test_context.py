@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from chat_templates import STYLES, style_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chat_templates import STYLES, style_tokenizer
 from epo.agent.chat import ChatFormat
 from epo.agent.context import TranscriptContext, WindowContext
 from epo.agent.prompts import Prompt

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from chat_templates import style_tokenizer
 
+from chat_templates import style_tokenizer
 from epo.agent.chat import ChatFormat
 from epo.agent.context import Context, TranscriptContext, WindowContext
 from epo.agent.prompts import Prompt

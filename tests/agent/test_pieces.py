@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from chat_templates import STYLES, style_tokenizer
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from chat_templates import STYLES, style_tokenizer
 from epo.agent.chat import ChatFormat
 
 
