@@ -112,12 +112,15 @@ STRANGE: dict[str, Answer] = {
 
 @pytest.mark.parametrize("fault", [*PASSING, *STRANGE])
 def test_what_passes_is_tried_again(fault: str):
-    script = (PASSING | STRANGE)[fault]
+    script, is_silent = (PASSING | STRANGE)[fault], fault == "no answer"
     reply, stub = outcome(
-        lambda _, number: script if number < 2 else HELLO, greeted=fault in STRANGE, timeout_seconds=0.5
+        lambda _, number: script if number < 2 else HELLO,
+        greeted=fault in STRANGE,
+        timeout_seconds=1.0 if is_silent else 20.0,
     )
     assert isinstance(reply, Reply) and reply.text == "hello"
-    assert len(stub.bodies) == (4 if fault in STRANGE else 3)
+    sent, expected = len(stub.bodies), 4 if fault in STRANGE else 3
+    assert sent == expected or (is_silent and sent > expected)  # on a busy machine an answer may be late, too
     assert stub.bodies[-1] == stub.bodies[-2]  # the same question, its seed too
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -48,9 +49,9 @@ def pool() -> Iterator[EnvPool]:
         yield pool
 
 
-def play(pool: EnvPool, url: str, *, agent: AgentConfig = AGENT, max_turns: int = 6) -> list[Trajectory]:
-    with ChatServer(url, "m", timeout_seconds=20.0, first_wait_seconds=0.001) as server:
-        collector = HostedCollector(pool, server, agent, max_turns=max_turns, max_context=2048)
+def play(pool: EnvPool, url: str, *, agent: AgentConfig = AGENT, timeout_seconds: float = 20.0) -> list[Trajectory]:
+    with ChatServer(url, "m", timeout_seconds=timeout_seconds, first_wait_seconds=0.001) as server:
+        collector = HostedCollector(pool, server, agent, max_turns=6, max_context=2048)
         return collector.collect(SPECS, temperature=0.5)
 
 
@@ -130,13 +131,16 @@ def test_sampling_is_asked_for_and_every_turn_has_a_seed_of_its_own(pool: EnvPoo
 
 
 def test_as_many_requests_at_once_as_there_are_slots(pool: EnvPool) -> None:
+    together = threading.Barrier(pool.size)
+
     def answer(body: dict[str, Any], number: int) -> Answer:
-        time.sleep(0.05)
+        if number < pool.size:  # none is answered before all are there
+            together.wait(timeout=60)
         return says(expert(body["messages"][-1]["content"]))
 
     with ChatStub(answer) as stub:
-        play(pool, stub.url)
-    assert 2 <= stub.most <= pool.size
+        found = play(pool, stub.url, timeout_seconds=90.0)
+    assert stub.most == pool.size and all(t.success for t in found)
 
 
 def test_a_slow_episode_holds_up_no_other(pool: EnvPool) -> None:
