@@ -167,8 +167,9 @@ def evaluate_hosted(
                 finally:
                     usage[split] = _usage(played)
                     played.sort(key=lambda t: tasks.index(t.task))
-                    kept += [TrajectoryGroup(task=t.task, trajectories=[t]) for t in played]
-                    folder.write_trajectories(0, kept)
+                    groups = [*kept, *(TrajectoryGroup(task=t.task, trajectories=[t]) for t in played)]
+                    folder.write_trajectories(0, groups)
+                    kept = groups
                 panels.append(result)
         folder.add_evaluation({"step": 0, "panels": [result.as_dict() for result in panels]})
         results = HostedResults(panels=panels, usage=usage, folder=folder.path)
