@@ -146,7 +146,7 @@ def evaluate_command(
     temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy; default: the recipe's.")] = None,
     server: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="Play with a model of this OpenAI-like server.", rich_help_panel=_HOSTED),
+        typer.Option(metavar="URL", help="An OpenAI-compatible server, whose model plays.", rich_help_panel=_HOSTED),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Its name there.", rich_help_panel=_HOSTED)] = None,
     api_key_env: Annotated[
