@@ -298,8 +298,8 @@ def test_noise_stays_out_of_the_terminal(log: Path, capfd: pytest.CaptureFixture
 def test_workers_are_light_and_large_answers_are_cut(log: Path):
     with EnvPool("faulty", {"log": str(log), "fault": "modules"}, size=1) as pool:
         modules = play(pool, TASKS[0])[1].observation.text.split()
-    assert {"epo.types", "numpy"} <= set(modules)
-    assert not {"torch", "transformers", "pydantic", "pytest"} & set(modules)
+    assert "epo.types" in modules
+    assert not {"numpy", "torch", "transformers", "pydantic", "pytest"} & set(modules)
     with EnvPool("faulty", {"log": str(log), "fault": "large"}, size=1) as pool:
         texts = [step.observation.text for step in play(pool, TASKS[0])[1:]]
     whole = [step.observation.text * 100_000 for step in undisturbed(TASKS[0])[1:]]
@@ -340,11 +340,11 @@ def test_a_worker_that_grows_is_replaced_between_episodes_only(
 def test_memory_counts_what_a_worker_started(log: Path, monkeypatch: pytest.MonkeyPatch):
     """The worker itself is below the limit; its child, as a JVM would, takes it above."""
     monkeypatch.setattr("epo.environments._processes.MAX_AGE_SECONDS", 0.0)
-    with EnvPool("faulty", {"log": str(log), "child": True}, size=1, worker_memory_mb=80) as pool:
+    with EnvPool("faulty", {"log": str(log), "child": True}, size=1, worker_memory_mb=60) as pool:
         for task in TASKS[:3]:
             pool.wait(pool.submit_reset(0, task))
         assert pool.stats().recycled == 2
-    with EnvPool("faulty", {"log": str(log), "child": False}, size=1, worker_memory_mb=80) as pool:
+    with EnvPool("faulty", {"log": str(log), "child": False}, size=1, worker_memory_mb=60) as pool:
         for task in TASKS[:3]:
             pool.wait(pool.submit_reset(0, task))
         assert pool.stats().recycled == 0

@@ -36,6 +36,8 @@ class WandbLogger:
         if not run.is_online:
             # Read at import: W&B's reports of its own errors go over the network in every mode.
             os.environ["WANDB_ERROR_REPORTING"] = "false"
+        # It prints advice on Weave, silent or not, where packages such as mcp are loaded.
+        os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")
         import wandb
 
         self._run = wandb.init(
