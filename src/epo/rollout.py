@@ -57,6 +57,10 @@ class Collector(Protocol):
     max_context: int
     max_response: int
 
+    def expect(self, specs: Sequence[EpisodeSpec], *, temperature: float, alternatives: int = 0) -> None:
+        """`specs` will be collected later; they may be begun with the weights of the moment."""
+        ...
+
     def collect(
         self,
         specs: Sequence[EpisodeSpec],
@@ -128,6 +132,9 @@ class RolloutCollector:
         self.max_response = config.max_response_tokens
         self._train_temperature = train_temperature
         self.timing = RolloutTiming()
+
+    def expect(self, specs: Sequence[EpisodeSpec], *, temperature: float, alternatives: int = 0) -> None:
+        """Nothing is begun early where learner and sampler are one."""
 
     def collect(
         self,

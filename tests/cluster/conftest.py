@@ -11,6 +11,12 @@ import pytest
 from epo.config import Config
 from epo.recipe import load_config
 
+# Read when Ray is imported.
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # on the loopback
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - not below everything else here
+os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # noqa: SIM112 - what others here need is not for Ray to judge
+
 MINUTE_RUN = (
     "name=minute",
     "steps=3",
@@ -66,10 +72,6 @@ def _own_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def two_nodes() -> Iterator[str]:
     """The address of a cluster of two nodes on the loopback, four logical cores and 100 MB of object store each."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # on the loopback
-    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - not below everything else here
-    os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # noqa: SIM112 - what others here need is not for Ray to judge
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": 4, "object_store_memory": 100_000_000, "include_dashboard": False}

@@ -114,6 +114,27 @@ def test_a_killed_learner_rank_costs_the_steps_since_the_checkpoint(
         assert [m[name] for m in mine] == pytest.approx([m[name] for m in single], rel=1e-3, abs=1e-5), name
 
 
+def test_a_run_with_stale_weights(two_nodes: str, minute_config: MakeConfig, tmp_path: Path):
+    """Every step has its own tasks once; no token is older than allowed; the correction is logged."""
+    watcher, run = Watcher(), tmp_path / "run"
+    config = minute_config("steps=4", "cluster.max_staleness=2", "cluster.workers=1", "evaluation.every=2")
+    assert train_run(config, run, watcher, resume=False, cluster=two_nodes)["finished"]
+    ages = [m["sampler/staleness_max"] for m in watcher.steps]
+    assert ages[0] == 0 and max(ages) <= 2 and max(ages) > 0
+    assert [m["episodes"] for m in watcher.steps] == [6] * 4
+    for metrics in watcher.steps:
+        assert 0 <= metrics["sampler/staleness"] <= metrics["sampler/staleness_max"]
+        assert metrics["sampler/mismatch_kl"] >= 0 and 0.2 < metrics["sampler/importance_mean"] < 2
+    # Weights that are older draw from another distribution than the learner's, by more than rounding.
+    assert max(m["sampler/mismatch_kl"] for m, age in zip(watcher.steps, ages, strict=True) if age) > 1e-6
+    assert watcher.steps[0]["sampler/mismatch_kl"] < 1e-9
+    seen = [
+        [json.loads(line)["task"] for line in file.read_text().splitlines()]
+        for file in sorted((run / "trajectories").glob("step_*.jsonl"))
+    ]
+    assert [len(tasks) for tasks in seen] == [6] * 4
+
+
 def test_a_cluster_without_room_says_what_it_has(two_nodes: str, minute_config: MakeConfig, tmp_path: Path):
     config = minute_config("cluster.worker_cpus=64", "cluster.start_seconds=1")
     with pytest.raises(UserError, match=r"cluster\.worker_cpus=64.*of which the cluster has 8 CPUs and 0 GPUs"):

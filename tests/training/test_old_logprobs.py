@@ -180,7 +180,7 @@ def test_weights_are_constants_and_bounded():
 ])  # fmt: skip
 def test_auto_follows_the_sampler(name: str, who: str, expected: bool, minute_config: MakeConfig):
     config = minute_config(f"sampler.name={name}", f"sampler.old_logprobs={who}")
-    assert config.sampler.is_rescored is expected
+    assert config.is_rescored is expected
 
 
 def test_vllm_without_the_learners_entropies_is_refused(minute_config: MakeConfig):
