@@ -25,7 +25,10 @@ parameters by the learning rate, 1e-3."""
 
 
 def weights_of(run: Path, step: int = 3) -> dict[str, Any]:
-    return load_file(run / "checkpoints" / f"step_{step:06d}" / "policy" / "model.safetensors")
+    found: dict[str, Any] = {}
+    for file in (run / "checkpoints" / f"step_{step:06d}" / "policy").glob("*.safetensors"):
+        found |= load_file(file)
+    return found
 
 
 def difference(one: Path, other: Path) -> float:
@@ -91,7 +94,8 @@ def test_a_killed_rollout_worker_changes_nothing(
 def test_a_killed_learner_rank_costs_the_steps_since_the_checkpoint(
     two_nodes: str, alone: Path, minute_config: MakeConfig, tmp_path: Path
 ):
-    """Two ranks, one of them killed in the second step; the run goes on from the checkpoint of the first."""
+    """Two ranks, one of them killed in the second step; the run goes on from the checkpoint of the first, of which each
+    wrote a share."""
     killed: list[int] = []
 
     def kill(stage: str, done: int) -> None:
@@ -101,9 +105,12 @@ def test_a_killed_learner_rank_costs_the_steps_since_the_checkpoint(
 
     watcher = Watcher(kill)
     run = tmp_path / "run"
-    config = minute_config("cluster.workers=1", "cluster.episodes_per_worker=4", "cluster.learners=2")
+    config = minute_config(
+        "cluster.workers=1", "cluster.episodes_per_worker=4", "cluster.learners=2", "cluster.sharded_checkpoints=true"
+    )
     assert train_run(config, run, watcher, resume=False, cluster=two_nodes)["finished"]
     assert killed
+    assert len(list((run / "checkpoints" / "step_000003").glob("optimizer-*-of-00002.safetensors"))) == 2
     assert [line["step"] for line in lines_of(run / "metrics.jsonl")] == [1, 2, 3]
     assert draws_of(run) == draws_of(alone)
     assert difference(run, alone) < ROUNDING

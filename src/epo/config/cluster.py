@@ -32,6 +32,9 @@ class ClusterConfig(Section):
     """GPUs that Ray sets aside for a rank; above 0 the ranks talk through NCCL, else gloo."""
     learner_seconds: float = Field(default=600.0, gt=0)
     """How long ranks wait for one another before the group counts as lost."""
+    sharded_checkpoints: bool = False
+    """Every rank writes a share of a checkpoint's tensors in files of its own, so that none holds all of them. Any
+    number of ranks reads both kinds, and so does a single process."""
     episode_seconds: float = Field(default=1800.0, gt=0)
     """Deadline of an episode. One that is over it at the end of a turn is lost to an environment error; a worker from
     which nothing is heard for twice as long is replaced. The deadline of a turn is `environment.timeout_seconds`."""

@@ -86,11 +86,6 @@ class Config(Section):
                 "sampler.old_logprobs=sampler needs the entropy of every drawn token, which sampler.name=vllm does not "
                 "deliver: set sampler.old_logprobs to learner or auto"
             )
-        if self.cluster.learners and self.model.lora.rank:
-            raise ValueError(
-                "cluster.learners shards all weights of a model, not adapters: set it to 0, where the learner is "
-                "whole, or model.lora.rank to 0"
-            )
         if self.entropy.options().get("max_turns", 0) is None:
             self.entropy.__pydantic_extra__ = self.entropy.options() | {"max_turns": self.environment.max_turns}
         return self

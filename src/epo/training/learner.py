@@ -87,9 +87,16 @@ class Learner:
         return self._reference_digest
 
     def write(self, folder: Path) -> dict[str, Any]:
-        """Leave policy, critic and optimiser in `folder`, whole; returns the entropy control's state."""
-        critic, optimizer = self.critic, self.optimizer
-        write_learner(folder, policy=self.policy, critic=critic, optimizer=optimizer, ranks=self.ranks)
+        """Leave policy, critic and optimiser in `folder`; returns the entropy control's state. Of several ranks the
+        first writes all, or with `cluster.sharded_checkpoints` each its share."""
+        write_learner(
+            folder,
+            policy=self.policy,
+            critic=self.critic,
+            optimizer=self.optimizer,
+            ranks=self.ranks,
+            in_shares=self.config.cluster.sharded_checkpoints,
+        )
         return self.control.state_dict()
 
     def read(self, folder: Path, control: dict[str, Any]) -> None:
