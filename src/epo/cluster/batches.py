@@ -44,6 +44,10 @@ class Batch:
         self.found[place] = trajectory
 
 
+Entry = tuple[Batch, int]
+"""An episode, as its place in a batch."""
+
+
 class Batches:
     """Those that were not handed out yet, in the order in which they were entered."""
 
@@ -87,7 +91,7 @@ class Batches:
     def are_done(self) -> bool:
         return all(batch.is_done for batch in self._batches.values())
 
-    def next(self) -> tuple[Batch, int] | None:
+    def next(self) -> Entry | None:
         """Takes out the episode to be played next: of batches that are awaited first, then in order."""
         ready = [batch for batch in self._batches.values() if batch.waiting]
         if not ready:

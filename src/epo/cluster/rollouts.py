@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayError, RayTaskError
 
-from epo.cluster.batches import Batch, Batches
+from epo.cluster.batches import Batch, Batches, Entry
 from epo.cluster.events import EventLog
 from epo.cluster.rollout_worker import RolloutWorker
 from epo.cluster.weights import Files, Weights
@@ -25,8 +25,6 @@ from epo.errors import LearnerLost, UserError
 from epo.rollout import EpisodeSpec, RolloutTiming
 from epo.types import StopReason, Trajectory
 
-Place = tuple[Batch, int]
-"""An episode, as its place in a batch."""
 _POLL_SECONDS = 0.1
 """How often to look whether new episodes are wanted while others are waited for."""
 
@@ -40,7 +38,7 @@ class _Worker:
     due: float
     """By `time.monotonic()`: when to wait for that no longer."""
     where: str = "not yet placed"
-    playing: dict[Any, tuple[Place, float]] = field(default_factory=dict[Any, tuple[Place, float]])
+    playing: dict[Any, tuple[Entry, float]] = field(default_factory=dict[Any, tuple[Entry, float]])
     """Reference to the trajectory: which episode it is, and when to wait for it no longer."""
     replaces: float | None = None
     """When the worker before it was lost."""
@@ -209,7 +207,7 @@ class ClusterCollector:
         able = [w for w in self._workers if w.starting is None and len(w.playing) < self._config.episodes_per_worker]
         return min(able, key=lambda worker: len(worker.playing), default=None)
 
-    def _wait(self, workers: Sequence[_Worker]) -> tuple[list[tuple[Place, Trajectory]], list[Place]]:
+    def _wait(self, workers: Sequence[_Worker]) -> tuple[list[tuple[Entry, Trajectory]], list[Entry]]:
         """Wait a moment for news of `workers`; returns what is finished, and the episodes that were lost with their
         worker, the last of them first."""
         references = {r: w for w in workers for r in ([w.starting] if w.starting is not None else w.playing)}
@@ -219,8 +217,8 @@ class ClusterCollector:
         ready, _ = ray.wait(
             list(references), num_returns=1, timeout=min(_POLL_SECONDS, max(0.0, due - time.monotonic()))
         )
-        done: list[tuple[Place, Trajectory]] = []
-        lost: list[Place] = []
+        done: list[tuple[Entry, Trajectory]] = []
+        lost: list[Entry] = []
         for worker in {id(references[r]): references[r] for r in ready}.values():
             reason = self._take(worker, done)
             if reason is not None:
@@ -238,7 +236,7 @@ class ClusterCollector:
                 lost += self._replace(worker, f"nothing heard for {2 * self._config.episode_seconds:g} s")
         return done, lost[::-1]
 
-    def _take(self, worker: _Worker, done: list[tuple[Place, Trajectory]]) -> str | None:
+    def _take(self, worker: _Worker, done: list[tuple[Entry, Trajectory]]) -> str | None:
         """Take in all that a worker has answered; returns why it is lost, if it is."""
         expected = [worker.starting] if worker.starting is not None else list(worker.playing)
         answered, _ = ray.wait(expected, num_returns=len(expected), timeout=0)
@@ -274,7 +272,7 @@ class ClusterCollector:
                 event="worker_back", worker=worker.number, where=worker.where, seconds=round(seconds, 3),
             )  # fmt: skip
 
-    def _replace(self, worker: _Worker, reason: str) -> list[Place]:
+    def _replace(self, worker: _Worker, reason: str) -> list[Entry]:
         """Start another worker in its place; returns the episodes that were unfinished."""
         ray.kill(worker.actor)
         lost = [episode for episode, _ in worker.playing.values()]
