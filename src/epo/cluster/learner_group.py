@@ -19,7 +19,7 @@ from epo.cluster.events import EventLog
 from epo.cluster.learner_rank import Mailbox, RankSettings, work
 from epo.cluster.weights import Files, Weights, write_files
 from epo.config import Config
-from epo.errors import LearnerLost
+from epo.errors import LearnerLost, UserError
 from epo.training.skipped import SkippedBatch
 from epo.types import TrajectoryGroup
 
@@ -38,14 +38,13 @@ class LearnerGroup:
         start: files of the policy that training began with; None where it is the same, or nothing refers to it.
 
     Raises:
-        LearnerLost: the group does not start; from the first call.
+        UserError: the ranks do not start in time; from the first call.
     """
 
     def __init__(self, config: Config, *, model: Files, start: Files | None, events: EventLog) -> None:
         cluster = config.cluster
         self._events = events
-        self._limit = cluster.learner_seconds
-        self._size = cluster.learners
+        self._config = cluster
         self.skipped: list[SkippedBatch] = []
         self._seconds: dict[str, float] = {}
         self._number = 0
@@ -70,7 +69,7 @@ class LearnerGroup:
                 resources_per_worker=resources,
                 placement_strategy="SPREAD",
             ),
-            torch_config=TorchConfig(backend="nccl" if is_on_gpu else "gloo", timeout_s=int(self._limit)),
+            torch_config=TorchConfig(backend="nccl" if is_on_gpu else "gloo", timeout_s=int(cluster.learner_seconds)),
             # What was learnt since the newest checkpoint is gone with a rank: the trainer goes back to it.
             run_config=RunConfig(storage_path=self._folder.name, failure_config=FailureConfig(max_failures=0)),
         )
@@ -78,12 +77,11 @@ class LearnerGroup:
         self._thread.start()
         self._reference: str | None = None
         self._newest: Weights | None = None
-        self._start_seconds = cluster.start_seconds
 
     def _described(self) -> Weights:
         """Waits until the ranks have started, if nobody has done so: others may start meanwhile."""
         if self._newest is None:
-            described = self._call("describe", limit=self._start_seconds)
+            described = self._call("describe", limit=self._config.start_seconds)
             self._reference, self._newest = described["reference"], described["weights"]
         assert self._newest is not None
         return self._newest
@@ -116,7 +114,7 @@ class LearnerGroup:
 
     def write(self, folder: Path) -> dict[str, Any]:
         """As `Learner.write`. The files of one rank after the other come here, and are gone before the next ones."""
-        answers = self._answers("write", answers=self._size)
+        answers = self._answers("write", answers=self._config.learners)
         for (files,), _ in answers:
             try:
                 write_files(ray.get(files), folder)
@@ -130,7 +128,7 @@ class LearnerGroup:
 
     def close(self) -> None:
         """End the ranks."""
-        if self._thread.is_alive():
+        if self._thread.is_alive() and self._newest is not None:  # else nobody is there to hear it
             self._mailbox.post.remote(self._number, ("stop", ()), answers=0)
             self._thread.join(timeout=30.0)
         ray.kill(self._mailbox)  # whoever still waits there ends, too
@@ -163,10 +161,17 @@ class LearnerGroup:
             if not is_alive:
                 raise self._lost(method, self._error)
             if due is not None and time.monotonic() > due:
-                raise self._lost(method, None)
+                cluster, total = self._config, ray.cluster_resources()
+                raise UserError(
+                    f"the {cluster.learners} learner ranks did not start within cluster.start_seconds="
+                    f"{cluster.start_seconds:g}: lower cluster.learners or cluster.learner_cpus="
+                    f"{cluster.learner_cpus:g} and learner_gpus={cluster.learner_gpus:g}, of which, with those of the "
+                    f"rollout workers, the cluster has {total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs"
+                )
 
     def _lost(self, method: str, error: BaseException | None) -> LearnerLost:
-        reason = "no answer in time" if error is None else " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = "it ended" if error is None else " ".join(f"{type(error).__name__}: {error}".split())[:300]
         text = f"the learner group is lost ({method}: {reason})"
         self._events.add(text, event="learner_lost", during=method, reason=reason)
+        self._events.tell()
         return LearnerLost(text)

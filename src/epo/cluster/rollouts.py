@@ -123,6 +123,7 @@ class ClusterCollector:
                 told += 1
                 if on_done is not None:
                     on_done(trajectory)
+            self._events.tell()
         self.timing = RolloutTiming(workers=time.perf_counter() - start)
         with self._news:
             return self._batches.hand_out(batch, version=self._newest.version)
@@ -136,6 +137,7 @@ class ClusterCollector:
         for worker in self._workers:
             ray.kill(worker.actor)
         self._workers = []
+        self._events.tell()
 
     # ---------------------------------------------------------------- episodes
 
@@ -149,10 +151,16 @@ class ClusterCollector:
         return batch
 
     def _found_since(self, batch: Batch, count: int) -> list[Trajectory]:
-        """Waits until more than `count` trajectories of a batch are back; returns those after that many."""
+        """Waits until more than `count` trajectories of a batch are back, or something is to be said; returns those
+        after that many."""
+
+        def is_news() -> bool:
+            return self._error is not None or len(batch.found) > count or self._events.has_untold
+
         with self._news:
-            self._news.wait_for(lambda: self._error is not None or len(batch.found) > count)
+            self._news.wait_for(is_news)
             if self._error is not None:
+                self._events.tell()
                 raise self._error
             return list(batch.found.values())[count:]
 
