@@ -106,7 +106,7 @@ class Learner:
 
     def rescore(self, groups: Sequence[TrajectoryGroup]) -> Sequence[TrajectoryGroup]:
         """The step's groups as `update` wants them: with the learner's log-probabilities and entropies where
-        `sampler.old_logprobs` asks for them, else as they are. To be called while the weights are those that sampled.
+        `sampler.old_logprobs` asks for them, else as they are. To be called before `update`.
         """
         if not self.config.is_rescored:
             return groups
