@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,9 @@ class Stage:
 
     def kill_rank(self) -> None:
         os.kill(ours("ray::RayTrainWorker")[-1], signal.SIGKILL)
+
+    def mend(self) -> None:
+        """What happens once somebody is given up."""
 
     def close(self) -> None:
         """End everything that was started."""
@@ -123,6 +127,7 @@ class TwoHosts(Stage):
         head = [f"--node-ip-address={ADDRESSES[0]}", "--head", "--port=6399", "--include-dashboard=false"]
         other = [f"--node-ip-address={ADDRESSES[1]}", f"--address={self.address}"]
         self.timer: threading.Timer | None = None
+        self._mend: Callable[[], None] = lambda: None
         self.nodes = [self._start([*head, f"--temp-dir={self.folder}", *common])]
         try:
             self._wait(1)
@@ -151,28 +156,36 @@ class TwoHosts(Stage):
             time.sleep(1)
         raise TimeoutError(f"no Ray cluster of {count} nodes at {self.address}: {done.stderr[-500:]}")
 
-    def unplug(self) -> None:
+    def unplug(self, *, mend: bool = False) -> None:
+        """
+        Args:
+            mend: plug it in again once somebody is given up.
+        """
         ip("-n", HOSTS[1], "link", "set", CABLE, "down")
-
-    def plug_in(self) -> None:
-        ip("-n", HOSTS[1], "link", "set", CABLE, "up")
+        if mend:
+            self._mend = self._plug_in
 
     def unplug_for(self, seconds: float) -> None:
         self.unplug()
-        self._later(seconds, self.plug_in)
+        self.timer = threading.Timer(seconds, self._plug_in)
+        self.timer.start()
 
-    def lose_packets_for(self, seconds: float) -> None:
+    def lose_packets(self) -> None:
+        """Until somebody is given up."""
         for host, other in zip(HOSTS, reversed(ADDRESSES), strict=True):
             ip("-n", host, "neigh", "replace", other, "lladdr", "02:00:00:00:00:99", "nud", "permanent", "dev", CABLE)
-        self._later(seconds, self._find_packets)
+        self._mend = self._find_packets
+
+    def mend(self) -> None:
+        mend, self._mend = self._mend, lambda: None
+        mend()
+
+    def _plug_in(self) -> None:
+        ip("-n", HOSTS[1], "link", "set", CABLE, "up")
 
     def _find_packets(self) -> None:
         for host, other in zip(HOSTS, reversed(ADDRESSES), strict=True):
             ip("-n", host, "neigh", "del", other, "dev", CABLE)
-
-    def _later(self, seconds: float, action: Any) -> None:
-        self.timer = threading.Timer(seconds, action)
-        self.timer.start()
 
     def close(self) -> None:
         if self.timer is not None:

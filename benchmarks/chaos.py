@@ -82,8 +82,8 @@ CASES = {
     "hosts, nothing": Case(fault=lambda stage: None, stage=TwoHosts),
     "cable out for good": Case(fault=TwoHosts.unplug, stage=TwoHosts),
     "cable out for 2 s": Case(fault=lambda stage: stage.unplug_for(2.0), stage=TwoHosts),
-    "cable out for 8 s": Case(fault=lambda stage: stage.unplug_for(8.0), stage=TwoHosts),
-    "packets lost for 8 s": Case(fault=lambda stage: stage.lose_packets_for(8.0), stage=TwoHosts),
+    "cable out, back once the host is given up": Case(fault=lambda stage: stage.unplug(mend=True), stage=TwoHosts),
+    "packets lost, until the host is given up": Case(fault=TwoHosts.lose_packets, stage=TwoHosts),
     "cable of a learner rank out": Case(fault=TwoHosts.unplug, stage=TwoHosts, cluster=GROUP),
 }
 
@@ -91,8 +91,8 @@ CASES = {
 class Injector:
     """Lets the fault happen, and notes when."""
 
-    def __init__(self, fault: Callable[[], None]) -> None:
-        self._fault, self._stage = fault, ""
+    def __init__(self, fault: Callable[[], None], on_loss: Callable[[], None] = lambda: None) -> None:
+        self._fault, self._on_loss, self._stage = fault, on_loss, ""
         self.at = 0.0
         self.ends: list[float] = []
         self.notes: list[str] = []
@@ -117,6 +117,8 @@ class Injector:
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+        if " is lost" in text:
+            self._on_loss()
 
 
 def draws(run: Path) -> list[Any]:
@@ -143,7 +145,7 @@ def tasks(run: Path) -> list[Any]:
 
 def play(case: Case, folder: Path, alone: Path) -> dict[str, Any]:
     stage = case.stage()
-    injector = Injector(lambda: case.fault(stage))
+    injector = Injector(lambda: case.fault(stage), stage.mend)
     signal.alarm(LIMIT_SECONDS)
     start = time.monotonic()
     try:
