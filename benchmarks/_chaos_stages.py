@@ -140,6 +140,7 @@ class TwoHosts(Stage):
     def _start(self, arguments: list[str], *, host: str | None = None) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", *arguments]
         environment = os.environ | {f"RAY_{name}": str(value) for name, value in HEALTH.items()}
+        environment["GLOO_SOCKET_IFNAME"] = CABLE  # this machine's name stands for an address outside
         return subprocess.Popen(
             [*(("ip", "netns", "exec", host) if host else ()), *command],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, start_new_session=True,

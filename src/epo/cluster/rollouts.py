@@ -256,7 +256,9 @@ class ClusterCollector:
                 if isinstance(error.cause, UserError):
                     raise UserError(str(error.cause)) from None
                 if isinstance(error.cause, ObjectLostError):  # the process that owned the weights is gone
-                    raise LearnerLost(f"the weights are lost with the learner ({_line(error.cause)})") from None
+                    text = f"the weights are lost with the learner ({_line(error.cause)})"
+                    self._events.add(text, event="learner_lost", during="play", reason=_line(error.cause))
+                    raise LearnerLost(text) from None
                 if not isinstance(error.cause, RayError):
                     raise
                 reason = _line(error.cause)
