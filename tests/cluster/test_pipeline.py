@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -48,6 +48,13 @@ class Gates:
 
     def open(self, place: int) -> None:
         (self._folder / str(place)).touch()
+
+    def wait_for_knock(self, place: int) -> None:
+        """Until an episode of that place has drawn a turn."""
+        due = time.monotonic() + 120
+        while not (self._folder / f"{place}.knock").exists():
+            assert time.monotonic() < due
+            time.sleep(0.02)
 
     def update(self) -> None:
         """As a learner's: other weights, one version on."""
@@ -109,10 +116,10 @@ def test_episodes_that_straddle_an_update_say_which_weights_drew_each_turn(gates
     gates.expect(0, 0)
     gates.expect(1, 0, 1)  # place 1 waits behind its gate after its first turn
     assert versions(gates.collect(0, 0)) == [{0}]
+    gates.wait_for_knock(1)
     gates.update()
-    timer = threading.Timer(0.5, gates.open, [1])
     gates.collect(9, 0, on_done=None)  # brings the new weights to the worker, and is drawn with nothing else
-    timer.start()
+    gates.open(1)
     fresh, straddling = gates.collect(1, 0, 1)
     assert straddling[0] == 0 and set(straddling[1:]) == {1}
     assert set(fresh) <= {0, 1}
@@ -120,13 +127,13 @@ def test_episodes_that_straddle_an_update_say_which_weights_drew_each_turn(gates
 
 def test_older_weights_than_allowed_are_never_handed_out(gates: Gates):
     """What no trainer does: two updates between what is expected and its collection."""
-    gates.open(0)
-    gates.expect(1, 0)
-    gates.collect(0, 0)
+    gates.expect(1, 1)
+    gates.wait_for_knock(1)
     gates.update()
     gates.update()
+    gates.open(1)
     with pytest.raises(RuntimeError, match=r"not \d+ or at most 1 before it"):
-        gates.collect(1, 0)
+        gates.collect(1, 1)
 
 
 def test_a_panel_is_played_with_the_weights_of_the_moment(gates: Gates):
@@ -134,6 +141,7 @@ def test_a_panel_is_played_with_the_weights_of_the_moment(gates: Gates):
     gates.open(0)
     gates.expect(1, 1)
     assert versions(gates.collect(0, 0)) == [{0}]
+    gates.wait_for_knock(1)
     gates.update()
     assert versions(gates.collect(8, 0)) == [{1}]
     gates.open(1)
