@@ -1,6 +1,6 @@
 """What a run on Ray loses, and how long it takes to go on, when something dies under it.
 
-    make chaos        # on two cores half an hour; writes benchmarks/results/chaos.json
+    make chaos        # on two busy cores half an hour; writes benchmarks/results/chaos.json
 
 Two nodes on this machine, two rollout workers, three steps of six episodes in short corridors, a checkpoint after every
 step. The fault comes in the second step, when its first episode is back. What comes out is compared with the run of a

@@ -57,10 +57,6 @@ class Collector(Protocol):
     max_context: int
     max_response: int
 
-    def expect(self, specs: Sequence[EpisodeSpec], *, temperature: float, alternatives: int = 0) -> None:
-        """`specs` will be collected later; they may be begun with the weights of the moment."""
-        ...
-
     def collect(
         self,
         specs: Sequence[EpisodeSpec],
@@ -69,6 +65,14 @@ class Collector(Protocol):
         alternatives: int = 0,
         on_done: Callable[[Trajectory], None] | None = None,
     ) -> list[Trajectory]: ...
+
+
+class TrainingCollector(Collector, Protocol):
+    """One that may be told of episodes ahead of time."""
+
+    def expect(self, specs: Sequence[EpisodeSpec], *, temperature: float, alternatives: int = 0) -> None:
+        """`specs` will be collected later; they may be begun with the weights of the moment."""
+        ...
 
 
 @dataclass(kw_only=True, slots=True)

@@ -95,7 +95,7 @@ class ClusterCollector:
         self._thread.start()
 
     def expect(self, specs: Sequence[EpisodeSpec], *, temperature: float, alternatives: int = 0) -> None:
-        """As `Collector.expect`: begins them when nothing that is waited for is left to begin."""
+        """As `TrainingCollector.expect`: begins them when nothing that is waited for is left to begin."""
         staleness = self._config.max_staleness
         self._enter(specs, temperature=temperature, alternatives=alternatives, max_staleness=staleness)
 

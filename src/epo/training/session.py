@@ -30,7 +30,7 @@ from epo.reporting.pages.builder import has_plotly
 from epo.reporting.pages.report import write_report
 from epo.reporting.plot import plot_run
 from epo.reporting.reading.run_reader import read_run
-from epo.rollout import Collector
+from epo.rollout import TrainingCollector
 from epo.sampling._vllm_engine import require_vllm
 from epo.training.checkpoint import (
     best_evaluation,
@@ -115,7 +115,7 @@ class Parts(NamedTuple):
     """What a trainer works with."""
 
     learner: StepLearner
-    collector: Collector
+    collector: TrainingCollector
     sampler: str
     """One line for people: what draws."""
 

@@ -26,7 +26,7 @@ from epo.objectives.control import EntropyControl
 from epo.reporting.health import Health
 from epo.reporting.metrics import entropy_oscillation, rollout_metrics
 from epo.reporting.timetable import time_metrics
-from epo.rollout import Collector, EpisodeSpec, RolloutCollector
+from epo.rollout import EpisodeSpec, RolloutCollector, TrainingCollector
 from epo.sampling.base import Sampler
 from epo.sampling.local import LocalSampler
 from epo.seeds import TRAINING_STREAM
@@ -118,7 +118,7 @@ class Trainer:
         observer: Observer,
         *,
         learner: StepLearner,
-        collector: Collector,
+        collector: TrainingCollector,
         resume_from: Path | None = None,
     ) -> None:
         self.config = config
