@@ -16,6 +16,7 @@ from watching import Watcher, processes
 
 from epo.config import Config
 from epo.errors import UserError
+from epo.seeds import TRAINING_STREAM
 from epo.training.session import train_run
 
 MakeConfig = Callable[..., Config]
@@ -85,8 +86,10 @@ def test_a_killed_rollout_worker_changes_nothing(
     assert f"pid {killed[0]}" in lost["where"] and len(lost["episodes"]) <= 2
     assert any(f"pid {killed[0]}" in note and "played again" in note for note in watcher.notes)
     assert [m["episodes"] for m in watcher.steps] == [6, 6, 6]
-    assert watcher.steps[1]["episodes/restarts"] == len(lost["episodes"])
-    assert {m["episodes/restarts"] for m in (watcher.steps[0], watcher.steps[2])} == {0}
+    # Whether it had an episode of that step left is a matter of who was quick; each is counted where it belongs.
+    steps = [seed[2] for seed in lost["episodes"] if seed[1] == TRAINING_STREAM]
+    assert [m["episodes/restarts"] for m in watcher.steps] == [steps.count(step) for step in range(3)]
+    assert 0 not in steps
     cluster = json.loads((run / "provenance.json").read_text())["cluster"]
     assert cluster["address"] == two_nodes and len(cluster["nodes"]) == 2
 
