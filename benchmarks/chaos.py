@@ -1,33 +1,37 @@
 """What a run on Ray loses, and how long it takes to go on, when something dies under it.
 
-    make chaos        # on two cores a quarter of an hour; writes benchmarks/results/chaos.json
+    make chaos        # on two busy cores half an hour; writes benchmarks/results/chaos.json
 
 Two nodes on this machine, two rollout workers, three steps of six episodes in short corridors, a checkpoint after every
 step. The fault comes in the second step, when its first episode is back. What comes out is compared with the run of a
-single process: every trajectory's tokens, the number of episodes of every step, and the parameters at the end.
+single process: every trajectory's tokens, the number of episodes of every step, and the parameters at the end. Where
+the network is cut, the nodes are in two network namespaces, which takes root.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+import re
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # on the loopback
-os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
-os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # noqa: SIM112 - what others on the machine need is no fault of ours
-
-import numpy as np
-import ray
-from ray.cluster_utils import Cluster
+from _chaos_stages import (
+    Stage,
+    TwoHosts,
+    TwoNodes,
+    connect_hosts,
+    disconnect_hosts,
+    inside,
+    reason_against_hosts,
+)
 from safetensors.torch import load_file
 
 from epo.recipe import load_config
@@ -43,96 +47,55 @@ RUN = (
     "evaluation.every=0", "evaluation.episodes=2", "evaluation.splits=[iid]", "checkpoint.every=1", "logging.to=[]",
     "cluster={workers: 2, episodes_per_worker: 2, start_seconds: 240, learner_seconds: 120}",
 )  # fmt: skip
-STORE_BYTES = 100_000_000
 LIMIT_SECONDS = 400
 """Of one run; beyond it the case counts as failed."""
-
-
-def ours(title: str) -> list[int]:
-    """Living processes with that title which descend from this one."""
-    parents: dict[int, int] = {}
-    titles: dict[int, str] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(") ")[2].split()[1])
-            titles[int(folder.name)] = (folder / "cmdline").read_bytes().decode(errors="replace")
-
-    def is_ours(pid: int) -> bool:
-        while pid in parents and pid != os.getpid():
-            pid = parents[pid]
-        return pid == os.getpid()
-
-    return sorted(pid for pid, found in titles.items() if title in found and is_ours(pid))
-
-
-def below(pid: int) -> list[int]:
-    """A process and its descendants."""
-    found = [pid]
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if int((folder / "stat").read_text().rpartition(") ")[2].split()[1]) == pid:
-                found += below(int(folder.name))
-    return found
-
-
-class Stage:
-    """Two nodes, the first of which has the driver."""
-
-    def __init__(self) -> None:
-        node = {"num_cpus": 4, "object_store_memory": STORE_BYTES, "include_dashboard": False}
-        self.cluster = Cluster(initialize_head=True, head_node_args=node)
-        self.second: Any = self.cluster.add_node(**node)
-        self.held: list[Any] = []
-        self.stopped: list[int] = []
-
-    def kill_worker(self) -> None:
-        os.kill(ours("ray::RolloutWorker")[0], signal.SIGKILL)
-
-    def kill_rank(self) -> None:
-        os.kill(ours("ray::RayTrainWorker")[-1], signal.SIGKILL)
-
-    def lose_node(self) -> None:
-        self.cluster.remove_node(self.second, allow_graceful=False)
-
-    def cut_off(self) -> None:
-        """No packet comes from the second node any more, and no connection is closed: every process of it stops."""
-        raylet = self.second.all_processes["raylet"][0].process.pid
-        self.stopped = below(raylet)
-        for pid in self.stopped:
-            os.kill(pid, signal.SIGSTOP)
-
-    def fill_store(self) -> None:
-        """Twice the store's memory in objects that somebody still holds."""
-        size = STORE_BYTES // 10
-        self.held = [ray.put(np.random.default_rng(n).bytes(size)) for n in range(20)]
-
-    def close(self) -> None:
-        for pid in self.stopped:
-            with suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
-        self.cluster.shutdown()
-
-
 GROUP = ("cluster.workers=1", "cluster.episodes_per_worker=4", "cluster.learners=2")
-CASES: dict[str, tuple[Callable[[Stage], None], tuple[str, ...]]] = {
-    "nothing": (lambda stage: None, ()),
-    "rollout worker killed": (Stage.kill_worker, ()),
-    "node lost": (Stage.lose_node, ()),
-    "node cut off": (Stage.cut_off, ()),
-    "object store full": (Stage.fill_store, ()),
-    "learner rank killed": (
-        Stage.kill_rank,
-        ("cluster.workers=1", "cluster.episodes_per_worker=4", "cluster.learners=2"),
+ADAPTERS = ("model.lora.rank=4", "algorithm.critic.trunk=separate", "algorithm.kl_coefficient=0.05")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """What happens, on which stage, and to what kind of run."""
+
+    fault: Callable[[Any], None]
+    stage: type[Stage] = TwoNodes
+    cluster: tuple[str, ...] = ()
+    """Overrides that change where the run computes."""
+    run: tuple[str, ...] = ()
+    """Overrides that change what it computes; the single process has them, too."""
+    is_stale: bool = False
+    """Which weights draw depends on timing, so that trajectories are no others' either."""
+
+
+CASES = {
+    "nothing": Case(fault=lambda stage: None),
+    "rollout worker killed": Case(fault=Stage.kill_worker),
+    "rollout worker killed, stale weights": Case(
+        fault=Stage.kill_worker, cluster=("cluster.max_staleness=1",), is_stale=True
     ),
+    "node lost": Case(fault=TwoNodes.lose_node),
+    "node stopped": Case(fault=TwoNodes.stop_node),
+    "object store full": Case(fault=TwoNodes.fill_store),
+    "learner rank killed": Case(fault=Stage.kill_rank, cluster=GROUP),
+    "learner rank killed, adapters": Case(
+        fault=Stage.kill_rank, cluster=(*GROUP, "cluster.sharded_checkpoints=true"), run=ADAPTERS
+    ),
+    "hosts, nothing": Case(fault=lambda stage: None, stage=TwoHosts),
+    "cable out for good": Case(fault=TwoHosts.unplug, stage=TwoHosts),
+    "cable out for 2 s": Case(fault=lambda stage: stage.unplug_for(2.0), stage=TwoHosts),
+    "cable out, back once the host is given up": Case(fault=lambda stage: stage.unplug(mend=True), stage=TwoHosts),
+    "packets lost, until the host is given up": Case(fault=TwoHosts.lose_packets, stage=TwoHosts),
+    "cable of a learner rank out": Case(fault=TwoHosts.unplug, stage=TwoHosts, cluster=GROUP),
 }
 
 
 class Injector:
     """Lets the fault happen, and notes when."""
 
-    def __init__(self, fault: Callable[[], None]) -> None:
-        self._fault, self._stage = fault, ""
-        self.at = self.recovered = 0.0
+    def __init__(self, fault: Callable[[], None], on_loss: Callable[[], None] = lambda: None) -> None:
+        self._fault, self._on_loss, self._stage = fault, on_loss, ""
+        self.at = 0.0
+        self.ends: list[float] = []
         self.notes: list[str] = []
 
     def begin(self, what: str, total: int) -> None:
@@ -144,13 +107,19 @@ class Injector:
             self._fault()
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
-        if step == 2:
-            self.recovered = time.monotonic()
+        self.ends.append(time.monotonic())
+
+    def longest(self) -> float:
+        """Seconds of the longest step from the fault on."""
+        times = [self.at, *(end for end in self.ends if end > self.at)]
+        return max(after - before for before, after in pairwise(times))
 
     def evaluated(self, step: int, results: Any) -> None: ...
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+        if " is lost" in text:
+            self._on_loss()
 
 
 def draws(run: Path) -> list[Any]:
@@ -164,19 +133,25 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def weights(run: Path) -> dict[str, Any]:
-    return load_file(run / "checkpoints" / "step_000003" / "policy" / "model.safetensors")
+    found: dict[str, Any] = {}
+    for file in (run / "checkpoints" / "step_000003" / "policy").glob("*.safetensors"):
+        found |= load_file(file)
+    return found
 
 
-def play(name: str, folder: Path, alone: Path) -> dict[str, Any]:
-    fault, overrides = CASES[name]
-    stage = Stage()
-    injector = Injector(lambda: fault(stage))
+def tasks(run: Path) -> list[Any]:
+    files = sorted((run / "trajectories").glob("step_*.jsonl"))
+    return [[json.loads(line)["task"] for line in file.read_text().splitlines()] for file in files]
+
+
+def play(case: Case, folder: Path, alone: Path) -> dict[str, Any]:
+    stage = case.stage()
+    injector = Injector(lambda: case.fault(stage), stage.mend)
     signal.alarm(LIMIT_SECONDS)
     start = time.monotonic()
     try:
-        train_run(
-            load_config("base", [*RUN, *overrides]), folder, injector, resume=False, cluster=stage.cluster.address
-        )
+        config = load_config("base", [*RUN, *case.run, *case.cluster])
+        train_run(config, folder, injector, resume=False, cluster=stage.address)
     except BaseException as error:
         return {"finished": False, "error": f"{type(error).__name__}: {error}"[:400], "notes": injector.notes[-5:]}
     finally:
@@ -185,16 +160,43 @@ def play(name: str, folder: Path, alone: Path) -> dict[str, Any]:
     mine, single = weights(folder), weights(alone)
     events = folder / "cluster.jsonl"
     log = [json.loads(line) for line in events.read_text().splitlines()] if events.is_file() else []
-    return {
+    found: dict[str, Any] = {
         "finished": True,
         "seconds": round(time.monotonic() - start, 1),
-        "seconds_from_fault_to_end_of_step": round(injector.recovered - injector.at, 1),
+        "longest_step_from_the_fault": round(injector.longest(), 1),
         "episodes": [int(line["episodes"]) for line in metrics(folder)],
         "episodes_played_again": sum(len(event.get("episodes", ())) for event in log),
-        "same_trajectories": draws(folder) == draws(alone),
-        "parameter_difference": max((mine[key] - single[key]).abs().max().item() for key in single),
-        "log": [event["text"] for event in log],
+        "same_tasks": tasks(folder) == tasks(alone),
+        "log": [
+            re.sub(r'"/[^"]*/', '"', event["text"]) for event in log
+        ],  # folders of this machine are nobody's business
     }
+    if case.is_stale:
+        return found | {"largest_staleness": max(line["sampler/staleness_max"] for line in metrics(folder))}
+    difference = max((mine[key] - single[key]).abs().max().item() for key in single)
+    return found | {"same_trajectories": draws(folder) == draws(alone), "parameter_difference": difference}
+
+
+def is_whole(case: Case, outcome: dict[str, Any]) -> bool:
+    """Nothing was lost, and nothing counted twice."""
+    if not outcome["finished"] or outcome["episodes"] != [6] * 3 or not outcome["same_tasks"]:
+        return False
+    return outcome["largest_staleness"] <= 1 if case.is_stale else outcome["same_trajectories"]
+
+
+def too_long(number: int, frame: Any) -> None:
+    raise TimeoutError(f"not finished after {LIMIT_SECONDS} s")
+
+
+def play_on_hosts(name: str, folder: Path, alone: Path) -> dict[str, Any]:
+    """`play` in a process on the first of two hosts."""
+    outcome = folder.with_suffix(".json")
+    connect_hosts()
+    try:
+        inside([__file__, "--here", name, str(folder), str(alone), "--out", str(outcome)])
+    finally:
+        disconnect_hosts()
+    return json.loads(outcome.read_text()) if outcome.is_file() else {"finished": False, "error": "it ended early"}
 
 
 def main() -> None:
@@ -202,27 +204,41 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "chaos.json")
+    parser.add_argument("--here", nargs=3, metavar=("CASE", "FOLDER", "ALONE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-
-    def too_long(number: int, frame: Any) -> None:
-        raise TimeoutError(f"not finished after {LIMIT_SECONDS} s")
-
     signal.signal(signal.SIGALRM, too_long)
+    if arguments.here:
+        name, folder, alone = arguments.here
+        arguments.out.write_text(json.dumps(play(CASES[name], Path(folder), Path(alone))))
+        return
     found: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
+    against = reason_against_hosts()
+    failed: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        alone = Path(folder, "alone")
-        train_run(load_config("base", RUN), alone, Injector(lambda: None), resume=False)
+        alone: dict[tuple[str, ...], Path] = {}
         for name in arguments.cases:
+            case = CASES[name]
+            if case.stage is TwoHosts and against is not None:
+                print(f"{name}: left out, {against}", file=sys.stderr)
+                continue
+            if case.run not in alone:
+                alone[case.run] = Path(folder, f"alone-{len(alone)}")
+                config = load_config("base", [*RUN, *case.run])
+                train_run(config, alone[case.run], Injector(lambda: None), resume=False)
             found[name] = []
             for number in range(arguments.repeats):
-                outcome = play(name, Path(folder, f"{name} {number}"), alone)
+                run = Path(folder, f"{name} {number}")
+                if case.stage is TwoHosts:
+                    outcome = play_on_hosts(name, run, alone[case.run])
+                else:
+                    outcome = play(case, run, alone[case.run])
                 found[name].append(outcome)
                 print(name, json.dumps(outcome), flush=True)
                 arguments.out.write_text(json.dumps(found, indent=1) + "\n")
-    if not all(
-        o["finished"] and o["same_trajectories"] and o["episodes"] == [6] * 3 for c in found.values() for o in c
-    ):
-        raise SystemExit("something was lost")
+                if not is_whole(case, outcome):
+                    failed.append(name)
+    if failed:
+        raise SystemExit(f"something was lost: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

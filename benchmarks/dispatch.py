@@ -1,8 +1,9 @@
-"""Episodes in rounds against episodes one by one, and rollout workers from one to four.
+"""Episodes in rounds against episodes one by one, rollout workers from one to four, and steps that overlap.
 
     python benchmarks/dispatch.py        # a few minutes, two cores; writes benchmarks/results/dispatch.json
 
-Environments (first part) and the model (second part) only wait, so the machine's speed hardly counts.
+Environments (first and third part), the model (second part) and the update (third part) only wait, so the machine's
+speed hardly counts.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ from epo.training.trainer import make_collector
 
 EPISODES, TURNS = 32, 10
 WORKERS, PER_WORKER, SCALED_EPISODES, SCALED_TURNS, MODEL_SECONDS = (1, 2, 4), 8, 64, 5, 0.3
+PARTS = ("dispatch", "scaling", "pipeline")
+STALENESS, STEPS, UPDATE_SECONDS = (0, 1, 2), 10, 3.0
 
 
 def configuration(workers: int) -> Config:
@@ -127,6 +130,13 @@ class SlowModelWorker(RolloutWorker):
         return WaitingSampler(policy, seconds=MODEL_SECONDS)
 
 
+class WaitingWorker(RolloutWorker):
+    """A rollout worker whose model takes no time."""
+
+    def _make_sampler(self, policy: Policy, pool: EnvPool) -> Sampler:
+        return WaitingSampler(policy, seconds=0.0)
+
+
 class Silent:
     def __getattr__(self, name: str) -> Any:
         return lambda *_, **__: None
@@ -167,21 +177,75 @@ def scaling(policy: Policy, *, repeats: int) -> dict[str, Any]:
     }
 
 
+def pipeline(policy: Policy, *, repeats: int) -> dict[str, Any]:
+    """Seconds a step in which 32 episodes are played and an update takes 3 s, on two workers: one after the other, and
+    with episodes of later steps during the update."""
+    register_suite("waiting", "_waiting:WaitingSuite")
+    tasks = WaitingSuite(turns=TURNS, tasks=EPISODES).tasks("train")
+    seconds: dict[int, list[float]] = {staleness: [] for staleness in STALENESS}
+    found: dict[int, float] = {}
+    with RayCluster.connected("local", configuration(2), Silent()), tempfile.TemporaryDirectory() as folder:
+        for staleness in STALENESS:
+            config = configuration(2).model_copy(deep=True)
+            config.environment.suite, config.environment.options = "waiting", {"turns": TURNS, "tasks": EPISODES}
+            config.environment.max_turns, config.cluster.max_staleness = TURNS, staleness
+            events = EventLog(Path(folder, "cluster.jsonl"), lambda text: None)
+            collector = ClusterCollector(
+                config, model=policy_files(policy), weights=publisher(policy), events=events,
+                worker_class=WaitingWorker,
+            )  # fmt: skip
+            with closing(collector):
+                collector.collect([EpisodeSpec(task=task, seed=(n,)) for n, task in enumerate(tasks[: 2 * PER_WORKER])],
+                                  temperature=1.0)  # starts the processes  # fmt: skip
+                for repeat in range(repeats):
+                    ages = list[int]()
+                    start = time.perf_counter()
+                    for step in range(STEPS):
+                        specs = [
+                            [EpisodeSpec(task=task, seed=(repeat, later, n)) for n, task in enumerate(tasks)]
+                            for later in range(step, min(step + staleness, STEPS - 1) + 1)
+                        ]
+                        for expected in specs:
+                            collector.expect(expected, temperature=1.0)
+                        trajectories = collector.collect(specs[0], temperature=1.0)
+                        ages += [policy.version - turn.policy_version for t in trajectories for turn in t.turns]
+                        time.sleep(UPDATE_SECONDS)
+                        policy.version += 1
+                    seconds[staleness].append((time.perf_counter() - start) / STEPS)
+                    found[staleness] = statistics.fmean(ages)
+    medians = {staleness: statistics.median(values) for staleness, values in seconds.items()}
+    return {
+        "episodes": EPISODES,
+        "turns": TURNS,
+        "workers": 2,
+        "episodes_per_worker": PER_WORKER,
+        "steps": STEPS,
+        "update_seconds": UPDATE_SECONDS,
+        "seconds_per_step": seconds,
+        "mean_staleness": found,
+        "speedup": {staleness: medians[0] / medians[staleness] for staleness in STALENESS},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "dispatch.json")
     arguments = parser.parse_args()
     config = configuration(1)
     tokenizer = build_tokenizer(["Wait until it is over. wait"] * 4, vocabulary_size=320)
     model: Any = build_model(tokenizer, config.model, seed=0)
     policy = Policy(model.eval(), tokenizer, max_context=config.model.max_context)
-    found = {"dispatch": dispatch(policy, repeats=arguments.repeats)}
-    print(json.dumps(found["dispatch"], indent=1))
-    found["scaling"] = scaling(policy, repeats=arguments.repeats)
-    print(json.dumps(found["scaling"], indent=1))
-    found["load"] = {"cores": os.cpu_count(), "load_average": os.getloadavg()}
-    arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+    found: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
+    # The environments' processes find `_waiting` beside this file, wherever Ray starts them.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    for part in arguments.parts:
+        measured = {"dispatch": dispatch, "scaling": scaling, "pipeline": pipeline}[part]
+        found[part] = measured(policy, repeats=arguments.repeats)
+        found[part]["load"] = {"cores": os.cpu_count(), "load_average": os.getloadavg()}
+        print(part, json.dumps(found[part], indent=1))
+        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def test_unknown_keys_name_the_nearest(override: str, expected: str) -> None:
             "model.lora: targets=attention does nothing with rank=0: leave it out, or set",
         ),
         ("sampler.kv_gib=4", "sampler: kv_gib=4.0 does nothing with name=local: leave it out, or set name to vllm"),
-        ("sampler.importance_cap=3", "leave it out, or set old_logprobs to learner"),
+        ("sampler.importance_cap=3", "leave it out, or set sampler.old_logprobs to learner"),
         ("sampler={name: vllm, old_logprobs: sampler}", "set sampler.old_logprobs to learner or auto"),
         ("name=[" + "x" * 5000 + "]", "..."),
     ],
@@ -107,6 +107,13 @@ def test_bad_values_name_the_key_and_what_is_allowed(override: str, expected: st
     message = refusal("base", override)
     assert expected in message
     assert len(message) < 500
+
+
+def test_stale_weights_need_the_learners_log_probabilities() -> None:
+    message = refusal("base", "sampler.old_logprobs=sampler", "cluster.max_staleness=1")
+    assert "cluster.max_staleness=1" in message and "to learner or auto" in message
+    config = load_config("base", ["cluster.max_staleness=1", "sampler.importance_cap=3"])
+    assert config.is_rescored
 
 
 def test_what_later_rows_show_again_is_not_taught_twice() -> None:

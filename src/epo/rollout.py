@@ -67,6 +67,14 @@ class Collector(Protocol):
     ) -> list[Trajectory]: ...
 
 
+class TrainingCollector(Collector, Protocol):
+    """One that may be told of episodes ahead of time."""
+
+    def expect(self, specs: Sequence[EpisodeSpec], *, temperature: float, alternatives: int = 0) -> None:
+        """`specs` will be collected later; they may be begun with the weights of the moment."""
+        ...
+
+
 @dataclass(kw_only=True, slots=True)
 class Episode:
     """One that is being played."""
@@ -159,6 +167,9 @@ class RolloutCollector:
         self.max_response = config.max_response_tokens
         self._train_temperature = train_temperature
         self.timing = RolloutTiming()
+
+    def expect(self, specs: Sequence[EpisodeSpec], *, temperature: float, alternatives: int = 0) -> None:
+        """Nothing is begun early where learner and sampler are one."""
 
     def collect(
         self,

@@ -120,8 +120,8 @@ class Turn:
     """[R] full-vocabulary entropy at training temperature, in nats: the sampler's, or the learner's where that computes
     it anew."""
     learner_logprobs: FloatArray | None = None
-    """[R] the log-probabilities by the learner's own numerics, with the weights that sampled; None where `logprobs`
-    serve for the update too (`sampler.old_logprobs`)."""
+    """[R] the log-probabilities by the learner's own numerics, with the weights that the update began with; None where
+    `logprobs` serve for it too (`sampler.old_logprobs`)."""
     alternatives: Alternatives | None = None
     """For people; None where none were asked for (`record.alternatives`)."""
     advantages: FloatArray | None = None

@@ -130,8 +130,11 @@ def test_runs_that_cannot_be_gone_on_with(epo: Epo):
     assert "already exists" in message and "--name" in message and "--resume" in message
     message = one_line_error(epo(*arguments, "--resume", "optimizer.learning_rate=0.5"))
     assert "optimizer.learning_rate (0.001 then, 0.5 now)" in message
+    message = one_line_error(epo(*arguments, "--resume", "cluster.max_staleness=1"))
+    assert "cluster.max_staleness (0 then, 1 now)" in message
     assert content() == before
-    assert epo(*arguments, "--resume", "environment.workers=1").code == 0  # the machine's business
+    machine = ("environment.workers=1", "cluster.workers=7", "cluster.sharded_checkpoints=true")
+    assert epo(*arguments, "--resume", *machine).code == 0
 
     checkpoint = run / "checkpoints" / "step_000001"
     for file in ("optimizer.safetensors", "policy/config.json", "state.json"):

@@ -16,6 +16,7 @@ from watching import Watcher, processes
 
 from epo.config import Config
 from epo.errors import UserError
+from epo.seeds import TRAINING_STREAM
 from epo.training.session import train_run
 
 MakeConfig = Callable[..., Config]
@@ -25,7 +26,10 @@ parameters by the learning rate, 1e-3."""
 
 
 def weights_of(run: Path, step: int = 3) -> dict[str, Any]:
-    return load_file(run / "checkpoints" / f"step_{step:06d}" / "policy" / "model.safetensors")
+    found: dict[str, Any] = {}
+    for file in (run / "checkpoints" / f"step_{step:06d}" / "policy").glob("*.safetensors"):
+        found |= load_file(file)
+    return found
 
 
 def difference(one: Path, other: Path) -> float:
@@ -82,8 +86,10 @@ def test_a_killed_rollout_worker_changes_nothing(
     assert f"pid {killed[0]}" in lost["where"] and len(lost["episodes"]) <= 2
     assert any(f"pid {killed[0]}" in note and "played again" in note for note in watcher.notes)
     assert [m["episodes"] for m in watcher.steps] == [6, 6, 6]
-    assert watcher.steps[1]["episodes/restarts"] == len(lost["episodes"])
-    assert {m["episodes/restarts"] for m in (watcher.steps[0], watcher.steps[2])} == {0}
+    # Whether it had an episode of that step left is a matter of who was quick; each is counted where it belongs.
+    steps = [seed[2] for seed in lost["episodes"] if seed[1] == TRAINING_STREAM]
+    assert [m["episodes/restarts"] for m in watcher.steps] == [steps.count(step) for step in range(3)]
+    assert 0 not in steps
     cluster = json.loads((run / "provenance.json").read_text())["cluster"]
     assert cluster["address"] == two_nodes and len(cluster["nodes"]) == 2
 
@@ -91,7 +97,8 @@ def test_a_killed_rollout_worker_changes_nothing(
 def test_a_killed_learner_rank_costs_the_steps_since_the_checkpoint(
     two_nodes: str, alone: Path, minute_config: MakeConfig, tmp_path: Path
 ):
-    """Two ranks, one of them killed in the second step; the run goes on from the checkpoint of the first."""
+    """Two ranks, one of them killed in the second step; the run goes on from the checkpoint of the first, of which each
+    wrote a share."""
     killed: list[int] = []
 
     def kill(stage: str, done: int) -> None:
@@ -101,9 +108,12 @@ def test_a_killed_learner_rank_costs_the_steps_since_the_checkpoint(
 
     watcher = Watcher(kill)
     run = tmp_path / "run"
-    config = minute_config("cluster.workers=1", "cluster.episodes_per_worker=4", "cluster.learners=2")
+    config = minute_config(
+        "cluster.workers=1", "cluster.episodes_per_worker=4", "cluster.learners=2", "cluster.sharded_checkpoints=true"
+    )
     assert train_run(config, run, watcher, resume=False, cluster=two_nodes)["finished"]
     assert killed
+    assert len(list((run / "checkpoints" / "step_000003").glob("optimizer-*-of-00002.safetensors"))) == 2
     assert [line["step"] for line in lines_of(run / "metrics.jsonl")] == [1, 2, 3]
     assert draws_of(run) == draws_of(alone)
     assert difference(run, alone) < ROUNDING
@@ -112,6 +122,27 @@ def test_a_killed_learner_rank_costs_the_steps_since_the_checkpoint(
     mine, single = (lines_of(folder / "metrics.jsonl") for folder in (run, alone))
     for name in ("policy/loss", "policy/grad_norm", "value/loss", "entropy/mean", "policy/kl", "rows"):
         assert [m[name] for m in mine] == pytest.approx([m[name] for m in single], rel=1e-3, abs=1e-5), name
+
+
+def test_a_run_with_stale_weights(two_nodes: str, minute_config: MakeConfig, tmp_path: Path):
+    """Every step has its own tasks once; no token is older than allowed; the correction is logged."""
+    watcher, run = Watcher(), tmp_path / "run"
+    config = minute_config("steps=4", "cluster.max_staleness=2", "cluster.workers=1", "evaluation.every=2")
+    assert train_run(config, run, watcher, resume=False, cluster=two_nodes)["finished"]
+    ages = [m["sampler/staleness_max"] for m in watcher.steps]
+    assert ages[0] == 0 and max(ages) <= 2 and max(ages) > 0
+    assert [m["episodes"] for m in watcher.steps] == [6] * 4
+    for metrics in watcher.steps:
+        assert 0 <= metrics["sampler/staleness"] <= metrics["sampler/staleness_max"]
+        assert metrics["sampler/mismatch_kl"] >= 0 and 0.2 < metrics["sampler/importance_mean"] < 2
+    # Weights that are older draw from another distribution than the learner's, by more than rounding.
+    assert max(m["sampler/mismatch_kl"] for m, age in zip(watcher.steps, ages, strict=True) if age) > 1e-6
+    assert watcher.steps[0]["sampler/mismatch_kl"] < 1e-9
+    seen = [
+        [json.loads(line)["task"] for line in file.read_text().splitlines()]
+        for file in sorted((run / "trajectories").glob("step_*.jsonl"))
+    ]
+    assert [len(tasks) for tasks in seen] == [6] * 4
 
 
 def test_a_cluster_without_room_says_what_it_has(two_nodes: str, minute_config: MakeConfig, tmp_path: Path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from epo.cluster.weights import packed, policy_files, trained_tensors, unpack, write_files
+from epo.cluster.weights import packed, policy_files, unpack, write_files
 from epo.config import ModelConfig
 from epo.training.policy import Policy, embedded_policy, load_policy
 
@@ -29,7 +29,7 @@ def stir(policy: Policy) -> None:
 def test_all_weights(make_policy: Callable[..., Policy]):
     learner, sampler = make_policy(seed=1), make_policy(seed=2)
     assert not torch.equal(learner.hidden(IDS), sampler.hidden(IDS))
-    unpack(packed(trained_tensors(learner)), sampler)
+    unpack(packed(learner.tensors()), sampler)
     assert learner.digest() == sampler.digest()
     assert torch.equal(learner.hidden(IDS), sampler.hidden(IDS))
 
@@ -37,7 +37,7 @@ def test_all_weights(make_policy: Callable[..., Policy]):
 def test_with_adapters_only_the_adapter_travels(tiny_config: ModelConfig, tokenizer: object):
     learner, sampler = (adapted(tiny_config, tokenizer, seed=0) for _ in range(2))
     stir(learner)
-    data = packed(trained_tensors(learner))
+    data = packed(learner.tensors())
     assert data.nbytes < 0.6 * sum(p.nbytes for p in learner.model.parameters())
     unpack(data, sampler)
     assert learner.digest() == sampler.digest()
@@ -46,7 +46,7 @@ def test_with_adapters_only_the_adapter_travels(tiny_config: ModelConfig, tokeni
 
 def test_other_weights_are_refused(make_policy: Callable[..., Policy], tiny_config: ModelConfig, tokenizer: object):
     with pytest.raises(ValueError, match="other"):
-        unpack(packed(trained_tensors(adapted(tiny_config, tokenizer, seed=0))), make_policy())
+        unpack(packed(adapted(tiny_config, tokenizer, seed=0).tensors()), make_policy())
 
 
 def test_a_policy_is_made_anew_from_its_files(tiny_config: ModelConfig, tokenizer: object, tmp_path: Path):

@@ -113,9 +113,12 @@ def test_equal_numerics_need_no_correction(make_sharp_policy: MakePolicy, minute
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("cap", [1.1, 4.0])
+@pytest.mark.parametrize(
+    ("cap", "asked"),
+    [(1.1, "sampler.old_logprobs=learner"), (4.0, "sampler.old_logprobs=learner"), (1.1, "cluster.max_staleness=4")],
+)
 def test_loss_with_shifted_sampler_is_that_of_a_loop(
-    cap: float, make_sharp_policy: MakePolicy, minute_config: MakeConfig
+    cap: float, asked: str, make_sharp_policy: MakePolicy, minute_config: MakeConfig
 ):
     """mean over tokens of min(exp(learner - sampler), cap) * clipped surrogate whose ratio is 1 in value.
 
@@ -139,8 +142,18 @@ def test_loss_with_shifted_sampler_is_that_of_a_loop(
                     losses.append(-weights[-1] * advantage)
                     surrogates.append(-weights[-1] * advantage * logp[i])
     torch.stack(surrogates).mean().backward()
-    learner = learner_for(policy, minute_config, "sampler.old_logprobs=learner", f"sampler.importance_cap={cap}")
+    learner = learner_for(policy, minute_config, asked, f"sampler.importance_cap={cap}")
+    policy.version = 7
+    drawn: list[int] = []  # how old the weights of each token are
+    for number, turn in enumerate(turns(found)):
+        turn.policy_version = 7 - number % 5
+        drawn += [number % 5] * len(turn.response_ids)
     metrics = learner.update(learner.rescore(found), step=2)
+    if asked == "cluster.max_staleness=4":
+        assert metrics["sampler/staleness"] == pytest.approx(np.mean(drawn))
+        assert metrics["sampler/staleness_max"] == 4
+    else:
+        assert "sampler/staleness" not in metrics
     assert metrics["policy/loss"] == pytest.approx(np.mean(losses), abs=1e-5)
     assert metrics["sampler/importance_mean"] == pytest.approx(np.mean(weights), abs=1e-5)
     assert metrics["sampler/importance_truncated"] == pytest.approx(np.mean([r > cap for r in ratios]), abs=1e-6)
@@ -180,7 +193,7 @@ def test_weights_are_constants_and_bounded():
 ])  # fmt: skip
 def test_auto_follows_the_sampler(name: str, who: str, expected: bool, minute_config: MakeConfig):
     config = minute_config(f"sampler.name={name}", f"sampler.old_logprobs={who}")
-    assert config.sampler.is_rescored is expected
+    assert config.is_rescored is expected
 
 
 def test_vllm_without_the_learners_entropies_is_refused(minute_config: MakeConfig):

@@ -17,9 +17,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from epo.cluster.events import EventLog
 from epo.cluster.learner_rank import Mailbox, RankSettings, work
-from epo.cluster.weights import Files, Weights, read_files, write_files
+from epo.cluster.weights import Files, Weights, write_files
 from epo.config import Config
-from epo.errors import LearnerLost
+from epo.errors import LearnerLost, UserError
 from epo.training.skipped import SkippedBatch
 from epo.types import TrajectoryGroup
 
@@ -38,13 +38,13 @@ class LearnerGroup:
         start: files of the policy that training began with; None where it is the same, or nothing refers to it.
 
     Raises:
-        LearnerLost: the group does not start.
+        UserError: the ranks do not start in time; from the first call.
     """
 
     def __init__(self, config: Config, *, model: Files, start: Files | None, events: EventLog) -> None:
         cluster = config.cluster
         self._events = events
-        self._limit = cluster.learner_seconds
+        self._config = cluster
         self.skipped: list[SkippedBatch] = []
         self._seconds: dict[str, float] = {}
         self._number = 0
@@ -57,6 +57,7 @@ class LearnerGroup:
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_seconds)
         os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
         os.environ["RAY_TRAIN_METRICS_ENABLED"] = "0"
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
         self._folder = tempfile.TemporaryDirectory()
         is_on_gpu = cluster.learner_gpus > 0
         resources = {"CPU": cluster.learner_cpus} | ({"GPU": cluster.learner_gpus} if is_on_gpu else {})
@@ -68,19 +69,26 @@ class LearnerGroup:
                 resources_per_worker=resources,
                 placement_strategy="SPREAD",
             ),
-            torch_config=TorchConfig(backend="nccl" if is_on_gpu else "gloo", timeout_s=int(self._limit)),
+            torch_config=TorchConfig(backend="nccl" if is_on_gpu else "gloo", timeout_s=int(cluster.learner_seconds)),
             # What was learnt since the newest checkpoint is gone with a rank: the trainer goes back to it.
             run_config=RunConfig(storage_path=self._folder.name, failure_config=FailureConfig(max_failures=0)),
         )
         self._thread = threading.Thread(target=self._fit, args=(trainer,), daemon=True)
         self._thread.start()
-        described = self._call("describe", limit=cluster.start_seconds)
-        self._reference: str | None = described["reference"]
-        self._weights: Weights = described["weights"]
+        self._reference: str | None = None
+        self._newest: Weights | None = None
+
+    def _described(self) -> Weights:
+        """Waits until the ranks have started, if nobody has done so: others may start meanwhile."""
+        if self._newest is None:
+            described = self._call("describe", limit=self._config.start_seconds)
+            self._reference, self._newest = described["reference"], described["weights"]
+        assert self._newest is not None
+        return self._newest
 
     def weights(self) -> Weights:
         """Those of the moment."""
-        return self._weights
+        return self._described()
 
     def rescore(self, groups: Sequence[TrajectoryGroup]) -> Sequence[TrajectoryGroup]:
         return self._call("rescore", ray.put(list(groups)))
@@ -90,7 +98,7 @@ class LearnerGroup:
 
     def update(self, groups: Sequence[TrajectoryGroup], *, step: int) -> dict[str, float]:
         answer = self._call("update", ray.put(list(groups)), step)
-        metrics, notes, self.skipped, self._weights, self._seconds = answer
+        metrics, notes, self.skipped, self._newest, self._seconds = answer
         turns = [turn for group in groups for t in group.trajectories for turn in t.turns]
         for turn, (advantages, ratios) in zip(turns, notes, strict=True):
             turn.advantages, turn.ratios = advantages, ratios
@@ -101,21 +109,27 @@ class LearnerGroup:
         return found
 
     def reference_digest(self) -> str | None:
+        self._described()
         return self._reference
 
     def write(self, folder: Path) -> dict[str, Any]:
-        files, control = self._call("write")
-        write_files(files, folder)
-        return control
+        """As `Learner.write`. The files of one rank after the other come here, and are gone before the next ones."""
+        answers = self._answers("write", answers=self._config.learners)
+        for (files,), _ in answers:
+            try:
+                write_files(ray.get(files), folder)
+            except RayError as error:
+                raise self._lost("write", error) from None
+        return answers[0][1]
 
     def read(self, folder: Path, control: dict[str, Any]) -> None:
-        files = {name: data for name, data in read_files(folder).items() if not name.startswith("policy/")}
-        self._call("read", ray.put(files), control)
+        files = sorted(folder.glob("*.safetensors"))
+        self._call("read", {file.name: ray.put(file.read_bytes()) for file in files}, control)
 
     def close(self) -> None:
         """End the ranks."""
-        if self._thread.is_alive():
-            self._mailbox.post.remote(self._number, ("stop", ()))
+        if self._thread.is_alive() and self._newest is not None:  # else nobody is there to hear it
+            self._mailbox.post.remote(self._number, ("stop", ()), answers=0)
             self._thread.join(timeout=30.0)
         ray.kill(self._mailbox)  # whoever still waits there ends, too
         self._folder.cleanup()
@@ -129,7 +143,11 @@ class LearnerGroup:
             self._error = error
 
     def _call(self, method: str, *arguments: Any, limit: float | None = None) -> Any:
-        answer = self._mailbox.post.remote(self._number, (method, arguments))
+        """What the first rank answers."""
+        return self._answers(method, *arguments, answers=1, limit=limit)[0]
+
+    def _answers(self, method: str, *arguments: Any, answers: int, limit: float | None = None) -> list[Any]:
+        answer = self._mailbox.post.remote(self._number, (method, arguments), answers=answers)
         self._number += 1
         due = None if limit is None else time.monotonic() + limit
         while True:
@@ -143,10 +161,17 @@ class LearnerGroup:
             if not is_alive:
                 raise self._lost(method, self._error)
             if due is not None and time.monotonic() > due:
-                raise self._lost(method, None)
+                cluster, total = self._config, ray.cluster_resources()
+                raise UserError(
+                    f"the {cluster.learners} learner ranks did not start within cluster.start_seconds="
+                    f"{cluster.start_seconds:g}: lower cluster.learners or cluster.learner_cpus="
+                    f"{cluster.learner_cpus:g} and learner_gpus={cluster.learner_gpus:g}, of which, with those of the "
+                    f"rollout workers, the cluster has {total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs"
+                )
 
     def _lost(self, method: str, error: BaseException | None) -> LearnerLost:
-        reason = "no answer in time" if error is None else " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = "it ended" if error is None else " ".join(f"{type(error).__name__}: {error}".split())[:300]
         text = f"the learner group is lost ({method}: {reason})"
         self._events.add(text, event="learner_lost", during=method, reason=reason)
+        self._events.tell()
         return LearnerLost(text)

@@ -14,11 +14,11 @@ import torch
 from ray.train import get_context
 
 from epo.cluster.sharding import ShardedRanks
-from epo.cluster.weights import Files, Weights, packed, read_files, trained_tensors, write_files
+from epo.cluster.weights import Weights, packed, read_files, write_files
 from epo.config import Config
 from epo.training.learner import Learner
 from epo.training.model_directory import quiet_libraries
-from epo.training.policy import load_policy
+from epo.training.policy import Policy, load_policy, resumed_policy
 from epo.training.skipped import SkippedBatch
 from epo.training.trainer import control_of
 from epo.types import FloatArray, TrajectoryGroup
@@ -28,20 +28,21 @@ Notes: TypeAlias = "list[tuple[FloatArray | None, FloatArray | None]]"
 
 
 class Mailbox:
-    """An actor where the driver leaves numbered calls for all ranks, and rank 0 the answers."""
+    """An actor where the driver leaves numbered calls for all ranks, and ranks the answers."""
 
     def __init__(self) -> None:
         self._calls: dict[int, Any] = {}
         self._answers: dict[int, Any] = {}
+        """Of the newest call, by rank."""
         self._news = asyncio.Condition()
 
-    async def post(self, number: int, call: tuple[str, tuple[Any, ...]]) -> Any:
-        """Leave a call; returns its answer."""
+    async def post(self, number: int, call: tuple[str, tuple[Any, ...]], *, answers: int) -> list[Any]:
+        """Leave a call; returns so many answers, in the order of the ranks."""
         async with self._news:
-            self._calls = {number: call}
+            self._calls, self._answers = {number: call}, {}
             self._news.notify_all()
-            await self._news.wait_for(lambda: number in self._answers)
-            return self._answers.pop(number)
+            await self._news.wait_for(lambda: len(self._answers) == answers)
+            return [self._answers[rank] for rank in sorted(self._answers)]
 
     async def take(self, number: int) -> tuple[str, tuple[Any, ...]]:
         """The call of that number, as soon as it is there."""
@@ -49,9 +50,9 @@ class Mailbox:
             await self._news.wait_for(lambda: number in self._calls)
             return self._calls[number]
 
-    async def answer(self, number: int, found: Any) -> None:
+    async def answer(self, rank: int, found: Any) -> None:
         async with self._news:
-            self._answers[number] = found
+            self._answers[rank] = found
             self._news.notify_all()
 
 
@@ -68,18 +69,20 @@ class RankSettings:
 
 
 class LearnerRank:
-    """Answers the driver's calls. Methods run on all ranks at once; what they return counts on rank 0."""
+    """Answers the driver's calls. Methods run on all ranks at once; what they return counts on rank 0, but for those of
+    `FROM_ALL`."""
+
+    FROM_ALL = ("write",)
 
     def __init__(self, settings: RankSettings) -> None:
         config = settings.config
         quiet_libraries()
         torch.set_num_threads(config.model.threads or max(1, int(config.cluster.learner_cpus)))
-        policy = _load(ray.get(settings.model), config)
-        start = None if settings.start is None else _load(ray.get(settings.start), config)
+        policy, start = _load(settings, config)
         self._ranks = ShardedRanks(policy.device)
         self._learner = Learner(policy, config, control_of(config), start_policy=start, ranks=self._ranks)
-        self._held: Any = None
-        """Keeps the weights of the newest version in the object store."""
+        self._held: dict[str, Any] = {}
+        """Keeps what was answered last in the object store: the newest weights, and files."""
 
     def describe(self) -> dict[str, Any]:
         return {"reference": self._learner.reference_digest(), "weights": self._weights()}
@@ -100,41 +103,48 @@ class LearnerRank:
         notes: Notes = [(turn.advantages, turn.ratios) for turn in turns]
         return metrics, notes, self._learner.skipped, self._weights(), self._learner.seconds()
 
-    def write(self) -> tuple[Files, dict[str, Any]]:
+    def write(self) -> tuple[Any, dict[str, Any]]:
+        """Reference to the files that this rank wrote, and the control's state."""
         with tempfile.TemporaryDirectory() as folder:
             control = self._learner.write(Path(folder))
-            return read_files(Path(folder)), control
+            self._held["files"] = ray.put(read_files(Path(folder)))
+        return [self._held["files"]], control
 
-    def read(self, files: Any, control: dict[str, Any]) -> None:
+    def read(self, files: dict[str, Any], control: dict[str, Any]) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            write_files(ray.get(files), Path(folder))
+            for name, data in files.items():
+                write_files({name: ray.get(data)}, Path(folder))
             self._learner.read(Path(folder), control)
 
     def _weights(self) -> Weights | None:
         policy = self._learner.policy
-        tensors = {name: self._ranks.whole(tensor) for name, tensor in trained_tensors(policy).items()}
-        if not self._ranks.writes:
+        tensors = self._ranks.deal(policy.tensors(), among=1)
+        if self._ranks.number > 0:
             return None
-        self._held = ray.put(packed(tensors))
-        return Weights(policy.version, self._held)
+        self._held["weights"] = ray.put(packed(tensors))
+        return Weights(policy.version, self._held["weights"])
 
 
 def work(settings: RankSettings) -> None:
     """The training function of every rank, as Ray Train calls it."""
     rank = LearnerRank(settings)
-    is_first = get_context().get_world_rank() == 0
+    rank_number = get_context().get_world_rank()
     number = 0
     while True:
         method, arguments = ray.get(settings.mailbox.take.remote(number))
         if method == "stop":
             return
         found = getattr(rank, method)(*arguments)
-        if is_first:
-            ray.get(settings.mailbox.answer.remote(number, found))
+        if rank_number == 0 or method in LearnerRank.FROM_ALL:
+            ray.get(settings.mailbox.answer.remote(rank_number, found))
         number += 1
 
 
-def _load(files: Files, config: Config) -> Any:
-    with tempfile.TemporaryDirectory() as folder:
-        write_files(files, Path(folder))
-        return load_policy(folder, config.model)
+def _load(settings: RankSettings, config: Config) -> tuple[Policy, Policy | None]:
+    """The policy to go on with, and the one that training began with, where that is another; adapters on one base."""
+    with tempfile.TemporaryDirectory() as model, tempfile.TemporaryDirectory() as begun:
+        write_files(ray.get(settings.model), Path(model))
+        if settings.start is None:
+            return load_policy(model, config.model), None
+        write_files(ray.get(settings.start), Path(begun))
+        return resumed_policy(Path(model), config.model, start=load_policy(begun, config.model))

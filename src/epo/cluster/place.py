@@ -64,6 +64,11 @@ class RayCluster:
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
         except (ConnectionError, ValueError, RuntimeError) as error:
+            if "InvalidAuthToken" in f"{error} {error.__cause__}":
+                raise UserError(
+                    f"--cluster {address}: the Ray cluster there asks for its token: set RAY_AUTH_MODE=token in the "
+                    "environment, and copy ~/.ray/auth_token from its head"
+                ) from None
             raise _no_cluster(address, error) from None
         try:
             yield cls(config, address, observer)

@@ -49,7 +49,7 @@ class RolloutWorker:
         return f"{ray.util.get_node_ip_address()}, pid {os.getpid()}"
 
     async def play(self, spec: EpisodeSpec, weights: Weights, *, temperature: float, alternatives: int) -> Trajectory:
-        """Play an episode with these weights."""
+        """Play an episode with these weights, or newer ones that are there already."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Trajectory] = loop.create_future()
 
@@ -90,7 +90,9 @@ class RolloutWorker:
         loop.call_soon_threadsafe(ready.set_result, None)
 
         def prepare(job: Job) -> None:
-            if job.weights is not None and job.weights.version != policy.version:
+            # Never back: with cluster.max_staleness an episode may have waited while newer weights came. Episodes that
+            # are live go on with the new ones, and each of their turns says which drew it.
+            if job.weights is not None and job.weights.version > policy.version:
                 load_weights(policy, job.weights)
 
         collector.serve(self._inbox, episode_seconds=self._config.cluster.episode_seconds, prepare=prepare)

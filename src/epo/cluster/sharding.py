@@ -20,18 +20,20 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from epo.training.adapters import AdapterTrunk
 from epo.training.policy import Critic, Policy
-from epo.training.ranks import Ranks
+from epo.training.ranks import Ranks, holders_of
 
 
 class ShardedRanks(Ranks):
     """The ranks of torch's default process group."""
 
+    holds_parts = True
+
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._rank = dist.get_rank()
+        self.number = dist.get_rank()
         self.size = dist.get_world_size()
-        self.writes = self._rank == 0
         self._mesh: DeviceMesh = init_device_mesh(device.type, (self.size,))
 
     def own(self, rows: Sequence[int], lengths: Sequence[int]) -> list[int]:
@@ -41,7 +43,7 @@ class ShardedRanks(Ranks):
         for row in sorted(rows, key=lambda row: (-lengths[row], row)):
             rank = load.index(min(load))
             load[rank] += lengths[row]
-            if rank == self._rank:
+            if rank == self.number:
                 own.append(row)
         return own
 
@@ -65,15 +67,21 @@ class ShardedRanks(Ranks):
         return dict(summed)
 
     def shard(self, policy: Policy, critic: Critic | None, reference: Policy | None) -> None:
-        for sharded in (policy, reference):
-            if sharded is not None:
-                sharded.trunk = self._shard_model(sharded.model)
-        if critic is not None:
-            # Its values are a view, which nobody changes in place.
-            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-            if critic.trunk is not None:
-                self._shard_blocks(critic.trunk, policy.model)
-            fully_shard(critic, mesh=self._mesh)
+        policy.trunk = self._shard_model(policy.model)
+        if reference is not None:  # adapters have one model between them
+            is_one = reference.model is policy.model
+            reference.trunk = policy.trunk if is_one else self._shard_model(reference.model)
+        if critic is None:
+            return
+        if isinstance(critic.trunk, AdapterTrunk):
+            critic.trunk.follow(policy.trunk)
+            fully_shard(critic.head, mesh=self._mesh)
+            return
+        # Its values are a view, which nobody changes in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+        if critic.trunk is not None:
+            self._shard_blocks(critic.trunk, policy.model)
+        fully_shard(critic, mesh=self._mesh)
 
     def _shard_model(self, model: Any) -> WholeTrunk:
         self._shard_blocks(model, model)
@@ -86,8 +94,14 @@ class ShardedRanks(Ranks):
         for block in [m for m in module.modules() if type(m).__name__ in names]:
             fully_shard(block, mesh=self._mesh, reshard_after_forward=True)
 
-    def policy_weights(self, policy: Policy) -> dict[str, Tensor] | None:
-        return {name: self.whole(tensor.detach()).cpu() for name, tensor in policy.model.named_parameters()}
+    def deal(self, tensors: Mapping[str, Tensor], *, among: int) -> dict[str, Tensor]:
+        holders = holders_of(tensors, among)
+        found: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            whole = self.whole(tensor.detach())
+            if holders[name] == self.number:
+                found[name] = whole.cpu()
+        return found
 
     def whole(self, tensor: Tensor) -> Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

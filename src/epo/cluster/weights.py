@@ -34,13 +34,6 @@ class Weights:
     """Reference to an array of bytes in Ray's object store."""
 
 
-def trained_tensors(policy: Policy) -> dict[str, Tensor]:
-    """What an update changes, by name: the adapter, or all parameters (a tied one once)."""
-    if policy.adapters is not None:
-        return policy.adapters.tensors(POLICY)
-    return dict(policy.model.named_parameters())
-
-
 def packed(tensors: Mapping[str, Tensor]) -> NDArray[np.uint8]:
     """An array, since Ray shares arrays between the processes of a machine without a copy."""
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
@@ -64,7 +57,7 @@ def unpack(data: NDArray[np.uint8], policy: Policy) -> None:
     if policy.adapters is not None:
         policy.adapters.load(POLICY, tensors)
         return
-    own = trained_tensors(policy)
+    own = policy.tensors()
     if own.keys() != tensors.keys():
         raise ValueError(f"other weights, {min(own.keys() ^ tensors.keys())} for one")
     for name, tensor in own.items():
@@ -77,16 +70,20 @@ def publisher(policy: Policy) -> Callable[[], Weights]:
 
     def publish() -> Weights:
         if not newest or newest[0].version != policy.version:
-            newest[:] = [Weights(policy.version, ray.put(packed(trained_tensors(policy))))]
+            newest[:] = [Weights(policy.version, ray.put(packed(policy.tensors())))]
         return newest[0]
 
     return publish
 
 
 def policy_files(policy: Policy) -> Files:
-    """What `load_policy` needs of `policy` as it is at the moment."""
+    """What `load_policy` needs of `policy` as it is at the moment; of one without its adapter, an adapter that has no
+    effect."""
+    weights = None
+    if policy.adapters is not None and policy.adapter is None:
+        weights = {name: torch.zeros_like(tensor) for name, tensor in policy.tensors().items()}
     with tempfile.TemporaryDirectory() as folder:
-        policy.save(Path(folder))
+        policy.save(Path(folder), weights)
         return read_files(Path(folder))
 
 

@@ -67,9 +67,9 @@ class SamplerConfig(Section):
     old_logprobs: Literal["auto", "sampler", "learner"] = "auto"
     """Whose log-probabilities the probability ratio starts from. `sampler`: as drawn. `learner`: computed anew with the
     learner's numerics before the first optimiser step, and the difference corrected by truncated importance weights.
-    `auto`: `sampler` for local, `learner` for vllm."""
+    `auto`: `sampler` for local, `learner` for vllm and with `cluster.max_staleness` above 0."""
     importance_cap: float = Field(default=2.0, ge=1)
-    """Upper bound on those importance weights."""
+    """Upper bound on those importance weights, each of a token (2 as in verl; TIS of Yao et al. 2025)."""
     kv_gib: float = Field(default=2.0, gt=0)
     """vLLM: memory for keys and values, GiB."""
     block_size: int = Field(default=32, ge=8)
@@ -83,16 +83,4 @@ class SamplerConfig(Section):
     def _options_have_their_sampler(self) -> Self:
         engine = ("kv_gib", "block_size", "max_weight_error")
         refuse_idle(self, engine, idle=self.name == "local", without="name=local", mend="set name to vllm")
-        refuse_idle(
-            self,
-            ("importance_cap",),
-            idle=not self.is_rescored,
-            without="the sampler's own log-probabilities",
-            mend="set old_logprobs to learner",
-        )
         return self
-
-    @property
-    def is_rescored(self) -> bool:
-        """The learner computes log-probabilities and entropies anew: `old_logprobs`, resolved."""
-        return self.old_logprobs == "learner" or (self.old_logprobs == "auto" and self.name == "vllm")

@@ -69,19 +69,33 @@ class Config(Section):
                 "imitation.observation_weight would teach what agent.overflow=drop_oldest shows again in a later row "
                 "twice: set the first to 0 or the second to end"
             )
-        if self.sampler.name == "vllm" and not self.sampler.is_rescored:
+        if self.sampler.old_logprobs == "sampler" and self.cluster.max_staleness:
+            raise ValueError(
+                "sampler.old_logprobs=sampler knows nothing of the weights that an update begins with, which with "
+                f"cluster.max_staleness={self.cluster.max_staleness} are not those that drew: set sampler.old_logprobs "
+                "to learner or auto"
+            )
+        cap = self.sampler.importance_cap
+        if not self.is_rescored and cap != SamplerConfig.model_fields["importance_cap"].default:
+            raise ValueError(
+                f"sampler.importance_cap={cap} does nothing with the sampler's own log-probabilities: leave it out, or "
+                "set sampler.old_logprobs to learner"
+            )
+        if self.sampler.name == "vllm" and not self.is_rescored:
             raise ValueError(
                 "sampler.old_logprobs=sampler needs the entropy of every drawn token, which sampler.name=vllm does not "
                 "deliver: set sampler.old_logprobs to learner or auto"
             )
-        if self.cluster.learners and self.model.lora.rank:
-            raise ValueError(
-                "cluster.learners shards all weights of a model, not adapters: set it to 0, where the learner is "
-                "whole, or model.lora.rank to 0"
-            )
         if self.entropy.options().get("max_turns", 0) is None:
             self.entropy.__pydantic_extra__ = self.entropy.options() | {"max_turns": self.environment.max_turns}
         return self
+
+    @property
+    def is_rescored(self) -> bool:
+        """The learner computes log-probabilities and entropies anew: `sampler.old_logprobs`, resolved."""
+        sampler = self.sampler
+        others = sampler.name == "vllm" or self.cluster.max_staleness > 0
+        return sampler.old_logprobs == "learner" or (sampler.old_logprobs == "auto" and others)
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

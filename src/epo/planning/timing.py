@@ -79,7 +79,7 @@ def update_operations(config: Config, shape: ModelShape, work: Workload) -> dict
         parts["values"] = once + low_rank
     if algorithm.kl_coefficient > 0:
         parts["reference"] = once + low_rank + head
-    if config.sampler.is_rescored:
+    if config.is_rescored:
         parts["log-probabilities anew"] = once + low_rank + head
     if config.entropy.method in PREVIEWING:
         parts["preview"] = epochs * (once + low_rank + head)

@@ -161,14 +161,19 @@ class Adapters:
             return self.base.sha256
         return hashlib.sha256((self.base.sha256 + tensors_digest(self.tensors(name).items())).encode()).hexdigest()
 
-    def save(self, folder: Path, name: str) -> None:
-        """Write an adapter in peft's layout, and beside it what it belongs to."""
+    def save(self, folder: Path, name: str, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Write an adapter in peft's layout, and beside it what it belongs to.
+
+        Args:
+            weights: the adapter's, as `tensors` names them, where the layers hold parts of them only.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         config = copy.copy(self._config)
         config.target_modules = sorted(config.target_modules)  # a set would be written in any order
         config.inference_mode = True
         config.save_pretrained(str(folder))
-        tensors = {_PEFT_PREFIX + key: t.detach().cpu().contiguous() for key, t in self.tensors(name).items()}
+        found = self.tensors(name) if weights is None else weights
+        tensors = {_PEFT_PREFIX + key: t.detach().cpu().contiguous() for key, t in found.items()}
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         (folder / BASE_FILE).write_text(json.dumps(asdict(self.base), indent=1), encoding="utf-8")
 
@@ -214,9 +219,14 @@ class AdapterTrunk(nn.Module):
     def __init__(self, adapters: Adapters, name: str, trunk: nn.Module) -> None:
         super().__init__()
         self._adapters, self._name = adapters, name
+        self.follow(trunk)
+
+    def follow(self, trunk: nn.Module) -> None:
+        """Compute through `trunk`, with the adapter's weights as its layers hold them by now."""
         self._trunk = [trunk]  # in a list, so that it is no part of this module
         # A parameter's name may not contain dots.
-        self.weights = nn.ParameterDict({key.replace(".", "/"): t for key, t in adapters.tensors(name).items()})
+        tensors = self._adapters.tensors(self._name)
+        self.weights = nn.ParameterDict({key.replace(".", "/"): t for key, t in tensors.items()})
 
     @property
     def model(self) -> nn.Module:

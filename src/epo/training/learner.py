@@ -28,7 +28,13 @@ from epo.training.learner_files import read_learner, write_learner
 from epo.training.passes import Passes
 from epo.training.policy import Critic, Policy
 from epo.training.ranks import Ranks
-from epo.training.rescoring import mismatch_metrics, rescored, truncated_importance_weights, weight_metrics
+from epo.training.rescoring import (
+    mismatch_metrics,
+    rescored,
+    staleness_metrics,
+    truncated_importance_weights,
+    weight_metrics,
+)
 from epo.training.skipped import SkippedBatch, skipped_batch
 from epo.training.step_data import Minibatch, StepData
 from epo.training.stopwatch import Stopwatch
@@ -81,9 +87,16 @@ class Learner:
         return self._reference_digest
 
     def write(self, folder: Path) -> dict[str, Any]:
-        """Leave policy, critic and optimiser in `folder`, whole; returns the entropy control's state."""
-        critic, optimizer = self.critic, self.optimizer
-        write_learner(folder, policy=self.policy, critic=critic, optimizer=optimizer, ranks=self.ranks)
+        """Leave policy, critic and optimiser in `folder`; returns the entropy control's state. Of several ranks the
+        first writes all, or with `cluster.sharded_checkpoints` each its share."""
+        write_learner(
+            folder,
+            policy=self.policy,
+            critic=self.critic,
+            optimizer=self.optimizer,
+            ranks=self.ranks,
+            in_shares=self.config.cluster.sharded_checkpoints,
+        )
         return self.control.state_dict()
 
     def read(self, folder: Path, control: dict[str, Any]) -> None:
@@ -93,9 +106,9 @@ class Learner:
 
     def rescore(self, groups: Sequence[TrajectoryGroup]) -> Sequence[TrajectoryGroup]:
         """The step's groups as `update` wants them: with the learner's log-probabilities and entropies where
-        `sampler.old_logprobs` asks for them, else as they are. To be called while the weights are those that sampled.
+        `sampler.old_logprobs` asks for them, else as they are. To be called before `update`.
         """
-        if not self.config.sampler.is_rescored:
+        if not self.config.is_rescored:
             return groups
         with self.stopwatch("old_logprobs"):
             return rescored(groups, self.policy, self._passes)
@@ -167,10 +180,13 @@ class Learner:
             with self.stopwatch("reference"):
                 reference_N = self._passes.score(self.reference, batch, tokens)[0]
         importance_N, mismatch = None, {}
-        if self.config.sampler.is_rescored:
+        if self.config.is_rescored:
             both, cap = (tokens.old_logprobs_N, tokens.sampler_logprobs_N), self.config.sampler.importance_cap
             importance_N = truncated_importance_weights(*both, cap=cap)
             mismatch = mismatch_metrics(*both) | weight_metrics(*both, cap=cap)
+        if self.config.cluster.max_staleness:
+            turns = [turn for t in trajectories for turn in t.turns]
+            mismatch |= staleness_metrics(turns, version=self.policy.version)
         return StepData(
             batch=batch,
             tokens=tokens,

@@ -156,6 +156,12 @@ class Policy:
             return self.adapters.parameters(self.adapter)
         return (parameter for parameter in self.model.parameters() if parameter.requires_grad)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What a directory of it holds, by name: the weights of its adapter, or of its model (a tied one once)."""
+        if self.adapters is not None:
+            return self.adapters.tensors(self.adapter or POLICY)
+        return dict(self.model.named_parameters())
+
     def describe(self) -> str:
         """One line for people: size, device, and the types and kernels that were chosen."""
         total = sum(parameter.numel() for parameter in self.model.parameters())
@@ -169,12 +175,12 @@ class Policy:
         """Write a Hugging Face model directory (safetensors) that any tool can load, or with adapters, one of peft.
 
         Args:
-            weights: the model's, by name, where the model itself holds parts of them only.
+            weights: as `tensors` names them, where the model itself holds parts of them only.
         """
         if self.adapters is not None:
-            if self.adapter is None:
+            if self.adapter is None and weights is None:
                 raise ValueError("a policy without its adapter is the base model, which is saved already")
-            self.adapters.save(folder, self.adapter)
+            self.adapters.save(folder, self.adapter or POLICY, weights)
         else:
             state = None if weights is None else dict(weights)
             self.model.save_pretrained(folder, state_dict=state, safe_serialization=True)

@@ -15,12 +15,24 @@ from torch import Tensor
 from epo.training.policy import Critic, Policy
 
 
+def holders_of(tensors: Mapping[str, Tensor], among: int) -> dict[str, int]:
+    """Which of `among` ranks writes which tensor: the largest first, each to whoever has least."""
+    load = [0] * among
+    found: dict[str, int] = {}
+    for name in sorted(tensors, key=lambda name: (-tensors[name].numel(), name)):
+        found[name] = load.index(min(load))
+        load[found[name]] += tensors[name].numel()
+    return found
+
+
 class Ranks:
     """A learner alone: it has all the rows, and every sum is its own. `epo.cluster.sharding` has the one for many."""
 
     size: int = 1
-    writes: bool = True
-    """This rank is the one that answers and writes files for all."""
+    number: int = 0
+    """Of this rank; the one with 0 answers for all."""
+    holds_parts: bool = False
+    """Tensors are spread over the ranks, also where there is but one."""
 
     def own(self, rows: Sequence[int], lengths: Sequence[int]) -> list[int]:
         """Those of `rows` that this rank computes.
@@ -46,9 +58,11 @@ class Ranks:
     def shard(self, policy: Policy, critic: Critic | None, reference: Policy | None) -> None:
         """Spread the weights over the ranks, before the optimiser is made."""
 
-    def policy_weights(self, policy: Policy) -> dict[str, Tensor] | None:
-        """All weights of its model by name, whole; None where the model has them whole itself. All ranks must ask."""
-        return None
+    def deal(self, tensors: Mapping[str, Tensor], *, among: int) -> dict[str, Tensor]:
+        """Whole, those of `tensors` that this rank writes when the first `among` ranks share the writing
+        (`holders_of`). No rank holds more than one of the others' at a time. All ranks must ask."""
+        del among
+        return dict(tensors)
 
     def whole(self, tensor: Tensor) -> Tensor:
         """A tensor of which every rank may hold a part, as a whole. All ranks must ask."""

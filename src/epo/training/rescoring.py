@@ -1,9 +1,12 @@
-"""Log-probabilities and entropies computed anew by the learner, and the correction for the sampler's other numerics.
+"""Log-probabilities and entropies computed anew by the learner, and the correction for what the sampler had otherwise.
 
 A sampler of another make (an inference engine, other kernels, another precision) draws from a distribution a little off
-the learner's. The probability ratio then starts from the learner's own log-probabilities, and each token's surrogate is
-multiplied by a truncated importance weight: truncated importance sampling (TIS), as verl (`rollout_is`) and TRL
-(`vllm_importance_sampling_correction`) use it for engine mismatch.
+the learner's, and one with older weights (`cluster.max_staleness`) from one further off. The probability ratio then
+starts from the learner's own log-probabilities, with the weights that the update begins with, and each token's
+surrogate is multiplied by a truncated importance weight: truncated importance sampling (TIS; Yao et al. 2025, "Your
+Efficient RL Framework Secretly Brings You Off-Policy RL Training"), as verl (`rollout_is: token`, threshold 2) and TRL
+(`vllm_importance_sampling_mode: token_truncate`) use it for engine mismatch. With older weights this is decoupled PPO
+(Hilton et al., arXiv 2110.00641), as in AReaL (arXiv 2505.24298).
 
 Legend: N trained tokens of the step.
 """
@@ -66,6 +69,16 @@ def mismatch_metrics(learner_logprobs_N: Tensor, sampler_logprobs_N: Tensor) -> 
         "sampler/mismatch_kl": kl_N.mean().item(),
         "sampler/mismatch_max": (learner_logprobs_N - sampler_logprobs_N).abs().max().item(),
     }
+
+
+def staleness_metrics(turns: Sequence[Turn], *, version: int) -> dict[str, float]:
+    """How many updates older than `version` the weights were that drew the tokens: mean over tokens, and the most."""
+    ages = [version - turn.policy_version for turn in turns]
+    tokens = [len(turn.response_ids) for turn in turns]
+    if not sum(tokens):
+        return {}
+    mean = sum(age * count for age, count in zip(ages, tokens, strict=True)) / sum(tokens)
+    return {"sampler/staleness": mean, "sampler/staleness_max": float(max(ages))}
 
 
 def weight_metrics(learner_logprobs_N: Tensor, sampler_logprobs_N: Tensor, *, cap: float) -> dict[str, float]:

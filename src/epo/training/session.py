@@ -30,7 +30,7 @@ from epo.reporting.pages.builder import has_plotly
 from epo.reporting.pages.report import write_report
 from epo.reporting.plot import plot_run
 from epo.reporting.reading.run_reader import read_run
-from epo.rollout import Collector
+from epo.rollout import TrainingCollector
 from epo.sampling._vllm_engine import require_vllm
 from epo.training.checkpoint import (
     best_evaluation,
@@ -55,8 +55,8 @@ _OF_THE_MACHINE = (
     ("sampler", "max_weight_error"),
 )
 """How many workers play and what an engine is granted: the machine's business, not the experiment's."""
-_TO_LOOK_AT = ("checkpoint", "record", "health", "logging", "cluster")
-"""Sections that say what is kept and shown, and on what it runs. Like the above, they may change when a run goes on."""
+_TO_LOOK_AT = ("checkpoint", "record", "health", "logging")
+"""Sections that say what is kept and shown. Like the above, they may change when a run goes on."""
 
 
 def prepare_suite(config: Config) -> TaskSuite:
@@ -115,7 +115,7 @@ class Parts(NamedTuple):
     """What a trainer works with."""
 
     learner: StepLearner
-    collector: Collector
+    collector: TrainingCollector
     sampler: str
     """One line for people: what draws."""
 
@@ -281,6 +281,8 @@ def _reopen(path: Path, config: Config) -> tuple[RunFolder, Path | None]:
     for section in _TO_LOOK_AT:
         before.pop(section)
         now.pop(section)
+    for values in (before, now):  # on what it runs may change; how old weights may be is part of the experiment
+        values["cluster"] = {"max_staleness": values["cluster"]["max_staleness"]}
     if different := _differences(before, now):
         raise UserError(
             f"--resume goes on with the configuration the run was started with, but {', '.join(different)} differ: "

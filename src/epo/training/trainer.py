@@ -26,7 +26,7 @@ from epo.objectives.control import EntropyControl
 from epo.reporting.health import Health
 from epo.reporting.metrics import entropy_oscillation, rollout_metrics
 from epo.reporting.timetable import time_metrics
-from epo.rollout import Collector, EpisodeSpec, RolloutCollector
+from epo.rollout import EpisodeSpec, RolloutCollector, TrainingCollector
 from epo.sampling.base import Sampler
 from epo.sampling.local import LocalSampler
 from epo.seeds import TRAINING_STREAM
@@ -118,7 +118,7 @@ class Trainer:
         observer: Observer,
         *,
         learner: StepLearner,
-        collector: Collector,
+        collector: TrainingCollector,
         resume_from: Path | None = None,
     ) -> None:
         self.config = config
@@ -186,25 +186,27 @@ class Trainer:
         return self.state.step >= total
 
     def collect(self, step: int) -> list[TrajectoryGroup]:
-        """Play the step's episodes: `tasks_per_step` tasks, `group_size` times each."""
-        rollout = self.config.rollout
-        tasks = self.curriculum.step_tasks(step, count=rollout.tasks_per_step)
-        specs = [
-            EpisodeSpec(task=task, seed=(self.config.seed, TRAINING_STREAM, step, place, member))
-            for place, task in enumerate(tasks)
-            for member in range(rollout.group_size)
-        ]
-        self.observer.begin(f"step {step + 1}/{self.config.steps}", len(specs))
-        trajectories = self.collector.collect(
-            specs,
-            temperature=rollout.temperature,
-            alternatives=self.config.record.alternatives,
-            on_done=count_episodes(self.observer),
-        )
-        size = rollout.group_size
+        """Play the step's episodes: `tasks_per_step` tasks, `group_size` times each. Those of the steps after it may
+        begin, too, as `cluster.max_staleness` allows."""
+        rollout, total = self.config.rollout, self.config.steps
+        how: dict[str, Any] = {"temperature": rollout.temperature, "alternatives": self.config.record.alternatives}
+        for next_step in range(step, min(step + self.config.cluster.max_staleness, total - 1) + 1):
+            self.collector.expect(self.episodes(next_step), **how)
+        specs, size = self.episodes(step), rollout.group_size
+        self.observer.begin(f"step {step + 1}/{total}", len(specs))
+        trajectories = self.collector.collect(specs, on_done=count_episodes(self.observer), **how)
         return [
-            TrajectoryGroup(task=task, trajectories=trajectories[place * size : (place + 1) * size])
-            for place, task in enumerate(tasks)
+            TrajectoryGroup(task=specs[start].task, trajectories=trajectories[start : start + size])
+            for start in range(0, len(specs), size)
+        ]
+
+    def episodes(self, step: int) -> list[EpisodeSpec]:
+        """The episodes of a step, group by group: a function of the seed and the step."""
+        rollout = self.config.rollout
+        return [
+            EpisodeSpec(task=task, seed=(self.config.seed, TRAINING_STREAM, step, place, member))
+            for place, task in enumerate(self.curriculum.step_tasks(step, count=rollout.tasks_per_step))
+            for member in range(rollout.group_size)
         ]
 
     def record(

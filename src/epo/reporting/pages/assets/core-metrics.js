@@ -188,6 +188,12 @@
       "",
       "Mean of the weights that correct for the sampler's mismatch; 1 means no correction.",
     ],
+    "sampler/staleness": [
+      "Staleness",
+      "updates",
+      "Updates by which the weights that drew a token were older than those it was trained on, mean over tokens.",
+    ],
+    "sampler/staleness_max": ["Largest staleness", "updates", "The same, of the oldest token."],
     "sampler/importance_truncated": [
       "Truncated importance weights",
       "share",
