@@ -73,10 +73,12 @@ def epo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def start_epo(cli_cache: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts `epo` in a process group of its own, so that a test can do what Ctrl-C in a terminal does."""
     started: list[subprocess.Popen[str]] = []
+    # As in a terminal: tests that a shell runs in the background inherit that SIGINT is ignored.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from epo.cli import main; main()"
 
     def start(*arguments: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-c", "from epo.cli import main; main()", *arguments],
+            [sys.executable, "-c", code, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
