@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from engines import lively_policy, untie
 from test_training import RECIPE
 
@@ -38,21 +39,53 @@ train_run(config, Path("run"), Watcher(), resume=False, cluster="local")
 """
 
 
+GROUP = """
+import sys
+from pathlib import Path
+from epo.recipe import load_config
+from epo.training.session import train_run
+
+class Watcher:
+    def begin(self, what, total): pass
+    def advance(self, done, note=""): pass
+    def step(self, step, metrics): pass
+    def evaluated(self, step, results): pass
+    def note(self, text): pass
+
+cluster = "cluster={workers: 1, worker_cpus: 0.5, learners: %s, learner_cpus: 0.5}" % sys.argv[1]
+config = load_config("minute.yaml", ["evaluation.every=0", cluster])
+train_run(config, Path("run"), Watcher(), resume=False, cluster="local")
+"""
+
+
+@pytest.mark.parametrize("learners", [1, 2])
+def test_engines_draw_with_the_weights_of_a_learner_group(learners: int, tokenizer: Any, tmp_path: Path):
+    steps = steps_of(GROUP, str(learners), tokenizer=tokenizer, folder=tmp_path)[0]
+    assert len(steps) == 2
+    for step in steps:
+        assert 0 <= step["sampler/mismatch_kl"] < 1e-6  # drawn with the weights of the step, not those before
+
+
 def test_a_killed_engine_costs_nothing(tokenizer: Any, tmp_path: Path):
-    untie(lively_policy(tokenizer)).save(tmp_path / "model")
-    (tmp_path / "minute.yaml").write_text(RECIPE.format(model=tmp_path / "model"))
-    environment = {"EPO_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1", "RAY_memory_monitor_refresh_ms": "0"}
+    steps, out = steps_of(PROGRAM, tokenizer=tokenizer, folder=tmp_path)
+    assert "killed 1" in out
+    assert [step["episodes"] for step in steps] == [8, 8]
+    for step in steps:
+        assert 0 <= step["sampler/mismatch_kl"] < 1e-6
+
+
+def steps_of(program: str, *arguments: str, tokenizer: Any, folder: Path) -> tuple[list[dict[str, Any]], str]:
+    """The steps of the run that a program trains in a process of its own, and what it printed."""
+    untie(lively_policy(tokenizer)).save(folder / "model")
+    (folder / "minute.yaml").write_text(RECIPE.format(model=folder / "model"))
+    environment = {"EPO_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", "RAY_memory_monitor_refresh_ms": "0"}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        cwd=tmp_path,
+        [sys.executable, "-c", program, *arguments],
+        cwd=folder,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=1500,
     )
     assert done.returncode == 0, done.stderr
-    assert "killed 1" in done.stdout
-    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [step["episodes"] for step in steps] == [8, 8]
-    for step in steps:
-        assert 0 <= step["sampler/mismatch_kl"] < 1e-6  # drawn with the weights of the step, not those before
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()], done.stdout
