@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections import Counter
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 from safetensors.torch import load_file
 from watching import Watcher, processes
 
+from epo.cluster import place
 from epo.config import Config
 from epo.errors import UserError
 from epo.seeds import TRAINING_STREAM
@@ -149,6 +151,23 @@ def test_a_cluster_without_room_says_what_it_has(two_nodes: str, minute_config: 
     config = minute_config("cluster.worker_cpus=64", "cluster.start_seconds=1")
     with pytest.raises(UserError, match=r"cluster\.worker_cpus=64.*of which the cluster has 8 CPUs and 0 GPUs"):
         train_run(config, tmp_path / "run", Watcher(), resume=False, cluster=two_nodes)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("absent", "learners", "said"),
+    [
+        ("ray", 0, "--cluster needs Ray: pip install"),
+        ("pyarrow", 2, "cluster.learners=2 needs Ray Train, which lacks pyarrow: pip install"),
+    ],
+)
+def test_packages_that_are_missing(
+    absent: str, learners: int, said: str, minute_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(place, "find_spec", lambda name: None if name == absent else object())
+    config = minute_config(f"cluster.learners={learners}")
+    with pytest.raises(UserError, match=re.escape(said)):
+        train_run(config, tmp_path / "run", Watcher(), resume=False, cluster="local")
     assert not (tmp_path / "run").exists()
 
 

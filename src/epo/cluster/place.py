@@ -22,13 +22,24 @@ from epo.training.trainer import Observer, control_of
 _ANSWER_SECONDS = 10.0
 
 
-def require_ray() -> None:
-    """
+_TRAIN_PACKAGES = ("fsspec", "pandas", "pyarrow", "requests")
+"""What Ray alone does not bring and Ray Train cannot be imported without."""
+
+
+def require_ray(*, learners: int) -> None:
+    """Looks without importing Ray, which reads the environment when it is imported.
+
     Raises:
-        UserError: Ray is not installed.
+        UserError: Ray is not installed, or not what a group of `learners` ranks needs of it.
     """
     if find_spec("ray") is None:
         raise UserError("--cluster needs Ray: pip install -e '.[cluster]', or leave the option out")
+    missing = [name for name in _TRAIN_PACKAGES if find_spec(name) is None] if learners else []
+    if missing:
+        raise UserError(
+            f"cluster.learners={learners} needs Ray Train, which lacks {', '.join(missing)}: "
+            "pip install -e '.[cluster]', or set it to 0"
+        )
 
 
 class RayCluster:

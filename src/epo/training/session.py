@@ -161,7 +161,7 @@ def open_place(config: Config, pool: EnvPool, cluster: str | None, observer: Obs
         return
     from epo.cluster.place import RayCluster, require_ray
 
-    require_ray()
+    require_ray(learners=config.cluster.learners)
     with RayCluster.connected(cluster, config, observer) as place:
         yield place
 
