@@ -132,7 +132,7 @@ hosted: $(VENV)/.train .venv-server/.installed
 	@touch $@
 
 # Bounded: every run of it has a limit.
-chaos: $(VENV)/.test
+chaos: $(VENV)/.test .venv-vllm/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py
 
 # Builds from what is committed or not: look at git status first.

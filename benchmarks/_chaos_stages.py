@@ -106,6 +106,13 @@ class TwoNodes(Stage):
         self.cluster.shutdown()
 
 
+class Engines(TwoNodes):
+    """The same with a vLLM engine beside every rollout worker."""
+
+    def kill_engine(self) -> None:
+        os.kill(ours("epo.sampling._vllm_worker")[0], signal.SIGKILL)
+
+
 HOSTS = ("epo-one", "epo-two")
 CABLE = "epo-cable"
 ADDRESSES = ("10.77.0.1", "10.77.0.2")

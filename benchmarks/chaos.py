@@ -1,11 +1,12 @@
 """What a run on Ray loses, and how long it takes to go on, when something dies under it.
 
-    make chaos        # on two busy cores half an hour; writes benchmarks/results/chaos.json
+    make chaos        # on two busy cores three quarters of an hour; writes benchmarks/results/chaos.json
 
 Two nodes on this machine, two rollout workers, three steps of six episodes in short corridors, a checkpoint after every
 step. The fault comes in the second step, when its first episode is back. What comes out is compared with the run of a
 single process: every trajectory's tokens, the number of episodes of every step, and the parameters at the end. Where
-the network is cut, the nodes are in two network namespaces, which takes root.
+the network is cut, the nodes are in two network namespaces, which takes root. Where vLLM draws, both runs are in the
+environment of `make test-vllm`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import re
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from _chaos_stages import (
+    Engines,
     Stage,
     TwoHosts,
     TwoNodes,
@@ -50,6 +53,11 @@ RUN = (
 LIMIT_SECONDS = 400
 """Of one run; beyond it the case counts as failed."""
 GROUP = ("cluster.workers=1", "cluster.episodes_per_worker=4", "cluster.learners=2")
+ENGINE = (
+    "model.tiny={vocabulary_size: 320, hidden_size: 64, layers: 2, heads: 2, intermediate_size: 64}",  # heads of 32
+    "model.compute=float32", "sampler={name: vllm, kv_gib: 0.25}",
+)  # fmt: skip
+VLLM_PYTHON = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python"
 ADAPTERS = ("model.lora.rank=4", "algorithm.critic.trunk=separate", "algorithm.kl_coefficient=0.05")
 
 
@@ -79,6 +87,10 @@ CASES = {
     "learner rank killed": Case(fault=Stage.kill_rank, cluster=GROUP),
     "learner rank killed, adapters": Case(
         fault=Stage.kill_rank, cluster=(*GROUP, "cluster.sharded_checkpoints=true"), run=ADAPTERS
+    ),
+    "vLLM engine killed": Case(fault=Engines.kill_engine, stage=Engines, run=ENGINE),
+    "vLLM engine killed, stale weights": Case(
+        fault=Engines.kill_engine, stage=Engines, cluster=("cluster.max_staleness=1",), run=ENGINE, is_stale=True
     ),
     "hosts, nothing": Case(fault=lambda stage: None, stage=TwoHosts),
     "cable out for good": Case(fault=TwoHosts.unplug, stage=TwoHosts),
@@ -188,15 +200,31 @@ def too_long(number: int, frame: Any) -> None:
     raise TimeoutError(f"not finished after {LIMIT_SECONDS} s")
 
 
-def play_on_hosts(name: str, folder: Path, alone: Path) -> dict[str, Any]:
-    """`play` in a process on the first of two hosts."""
+def play_alone(case: Case, folder: Path) -> None:
+    """The run of a single process, which everything is compared with."""
+    train_run(load_config("base", [*RUN, *case.run]), folder, Injector(lambda: None), resume=False)
+
+
+def play_elsewhere(name: str, folder: Path, alone: Path) -> dict[str, Any]:
+    """`play` in a process on the first of two hosts, or in the environment that has vLLM."""
     outcome = folder.with_suffix(".json")
-    connect_hosts()
-    try:
-        inside([__file__, "--here", name, str(folder), str(alone), "--out", str(outcome)])
-    finally:
-        disconnect_hosts()
+    arguments = [__file__, "--here", name, str(folder), str(alone), "--out", str(outcome)]
+    if CASES[name].stage is Engines:
+        subprocess.run([VLLM_PYTHON, *arguments], check=False)
+    else:
+        connect_hosts()
+        try:
+            inside(arguments)
+        finally:
+            disconnect_hosts()
     return json.loads(outcome.read_text()) if outcome.is_file() else {"finished": False, "error": "it ended early"}
+
+
+def reason_against(stage: type[Stage]) -> str | None:
+    """Why it cannot be had here; None where it can."""
+    if stage is Engines:
+        return None if VLLM_PYTHON.is_file() else f"needs vLLM in {VLLM_PYTHON.parents[1].name} (make test-vllm)"
+    return reason_against_hosts() if stage is TwoHosts else None
 
 
 def main() -> None:
@@ -205,31 +233,38 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "chaos.json")
     parser.add_argument("--here", nargs=3, metavar=("CASE", "FOLDER", "ALONE"), help=argparse.SUPPRESS)
+    parser.add_argument("--alone", nargs=2, metavar=("CASE", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     signal.signal(signal.SIGALRM, too_long)
     if arguments.here:
         name, folder, alone = arguments.here
         arguments.out.write_text(json.dumps(play(CASES[name], Path(folder), Path(alone))))
         return
+    if arguments.alone:
+        name, folder = arguments.alone
+        play_alone(CASES[name], Path(folder))
+        return
     found: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
-    against = reason_against_hosts()
     failed: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         alone: dict[tuple[str, ...], Path] = {}
         for name in arguments.cases:
             case = CASES[name]
-            if case.stage is TwoHosts and against is not None:
-                print(f"{name}: left out, {against}", file=sys.stderr)
+            if (reason := reason_against(case.stage)) is not None:
+                print(f"{name}: left out, {reason}", file=sys.stderr)
                 continue
             if case.run not in alone:
                 alone[case.run] = Path(folder, f"alone-{len(alone)}")
-                config = load_config("base", [*RUN, *case.run])
-                train_run(config, alone[case.run], Injector(lambda: None), resume=False)
+                if case.stage is Engines:
+                    command = [VLLM_PYTHON, __file__, "--alone", name, str(alone[case.run])]
+                    subprocess.run(command, check=True)
+                else:
+                    play_alone(case, alone[case.run])
             found[name] = []
             for number in range(arguments.repeats):
                 run = Path(folder, f"{name} {number}")
-                if case.stage is TwoHosts:
-                    outcome = play_on_hosts(name, run, alone[case.run])
+                if case.stage in (TwoHosts, Engines):
+                    outcome = play_elsewhere(name, run, alone[case.run])
                 else:
                     outcome = play(case, run, alone[case.run])
                 found[name].append(outcome)

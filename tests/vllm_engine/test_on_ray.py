@@ -34,7 +34,8 @@ class Watcher:
     def evaluated(self, step, results): pass
     def note(self, text): print(text)
 
-config = load_config("minute.yaml", ["evaluation.every=0", "cluster={workers: 1, episodes_per_worker: 4}"])
+overrides = ["evaluation.every=0", "cluster={workers: 1, episodes_per_worker: 4}", *sys.argv[1:]]
+config = load_config("minute.yaml", overrides)
 train_run(config, Path("run"), Watcher(), resume=False, cluster="local")
 """
 
@@ -72,6 +73,22 @@ def test_a_killed_engine_costs_nothing(tokenizer: Any, tmp_path: Path):
     assert [step["episodes"] for step in steps] == [8, 8]
     for step in steps:
         assert 0 <= step["sampler/mismatch_kl"] < 1e-6
+    events = [json.loads(line) for line in (tmp_path / "run" / "cluster.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["worker_mended"]
+    assert "SIGKILL" in events[0]["reason"] and events[0]["text"] in out
+
+
+def test_episodes_begin_during_the_update_and_say_which_weights_drew_them(tokenizer: Any, tmp_path: Path):
+    stale = ["cluster.max_staleness=1", "steps=6", "optimizer.learning_rate=0.02"]
+    steps, out = steps_of(PROGRAM, *stale, tokenizer=tokenizer, folder=tmp_path)
+    assert "killed" not in out
+    assert [step["episodes"] for step in steps] == [8] * 6
+    ages = [step["sampler/staleness_max"] for step in steps]
+    assert ages[0] == 0 and max(ages) == 1
+    for step in steps:  # tokens of the step's own weights have the learner's log-probabilities, older ones have not
+        if step["sampler/staleness_max"] == 0:
+            assert 0 <= step["sampler/mismatch_kl"] < 1e-6
+    assert max(step["sampler/mismatch_kl"] for step in steps) > 1e-4
 
 
 def steps_of(program: str, *arguments: str, tokenizer: Any, folder: Path) -> tuple[list[dict[str, Any]], str]:

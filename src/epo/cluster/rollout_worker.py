@@ -6,6 +6,7 @@ import asyncio
 import os
 import tempfile
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 import ray
@@ -22,6 +23,15 @@ from epo.training.model_directory import quiet_libraries
 from epo.training.policy import Policy, load_policy
 from epo.training.trainer import make_collector, make_sampler
 from epo.types import Trajectory
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Played:
+    """A worker's answer."""
+
+    trajectory: Trajectory
+    incidents: list[str]
+    """What died in the worker and was mended since its last answer, in words."""
 
 
 class RolloutWorker:
@@ -48,7 +58,7 @@ class RolloutWorker:
         await ready
         return f"{ray.util.get_node_ip_address()}, pid {os.getpid()}"
 
-    async def play(self, spec: EpisodeSpec, weights: Weights, *, temperature: float, alternatives: int) -> Trajectory:
+    async def play(self, spec: EpisodeSpec, weights: Weights, *, temperature: float, alternatives: int) -> Played:
         """Play an episode with these weights, or newer ones that are there already."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Trajectory] = loop.create_future()
@@ -62,7 +72,8 @@ class RolloutWorker:
         self._inbox.put(
             Job(spec=spec, temperature=temperature, alternatives=alternatives, weights=weights, answer=answer)
         )
-        return await future
+        trajectory = await future
+        return Played(trajectory=trajectory, incidents=self._sampler.incidents())
 
     def _work(self, loop: asyncio.AbstractEventLoop, ready: asyncio.Future[None]) -> None:
         """The thread that owns everything else: builds it, says so, and plays."""
@@ -81,9 +92,8 @@ class RolloutWorker:
                 size=self._config.cluster.episodes_per_worker,
                 timeout_seconds=environment.timeout_seconds,
             )
-            collector = make_collector(
-                self._config, pool, policy, self._make_sampler(policy, pool), kind=StreamingCollector
-            )
+            self._sampler = self._make_sampler(policy, pool)
+            collector = make_collector(self._config, pool, policy, self._sampler, kind=StreamingCollector)
         except BaseException as error:
             loop.call_soon_threadsafe(ready.set_exception, error)
             raise

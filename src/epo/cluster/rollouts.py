@@ -270,8 +270,13 @@ class ClusterCollector:
                     self._say_started(worker)
                 else:
                     episode, _ = worker.playing.pop(reference)
-                    done.append((episode, answer))
+                    done.append((episode, answer.trajectory))
                     self._failed_starts = 0
+                    for incident in answer.incidents:
+                        self._events.add(
+                            f"rollout worker {worker.number} ({worker.where}): {incident}",
+                            event="worker_mended", worker=worker.number, where=worker.where, reason=incident,
+                        )  # fmt: skip
         return reason
 
     def _say_started(self, worker: _Worker) -> None:

@@ -71,6 +71,10 @@ class Sampler(ABC):
     def release(self, episode: int) -> None:
         """The episode is over; forget what is kept for it. Unknown episodes are no error."""
 
+    def incidents(self) -> list[str]:
+        """What died under the sampler and was mended since the last call, in words; from any thread."""
+        return []
+
     def describe(self) -> str:
         """One line for people: what draws."""
         return type(self).__name__

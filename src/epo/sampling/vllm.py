@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import queue
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ class VllmSampler(Sampler):
         self._probes = probe_sequences(policy)
         self._loaded: tuple[int, float] | None = None
         self._restarted_at: int | None = None
+        self._incidents: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.weight_error = 0.0
         """Difference that the last probe found, as `config.max_weight_error` bounds it, nats."""
         self.cached_tokens = 0
@@ -122,6 +124,12 @@ class VllmSampler(Sampler):
                     f"sampler.name='vllm': the engine cannot use model.path={self._policy.model.name_or_path!r} "
                     f"({error}): set sampler.name=local"
                 ) from None
+
+    def incidents(self) -> list[str]:
+        found: list[str] = []
+        while not self._incidents.empty():
+            found.append(self._incidents.get())
+        return found
 
     def describe(self) -> str:
         return f"vLLM in a process of its own, {str(engine_dtype(self._policy)).removeprefix('torch.')}"
@@ -185,7 +193,9 @@ class VllmSampler(Sampler):
                 f"sampler.name='vllm': the engine died a second time with the same weights ({death}): where memory is "
                 "short lower sampler.kv_gib or environment.workers; sampler.name=local needs no engine"
             )
-        logger.warning("the vLLM engine died (%s); starting it again and repeating the round", death)
+        incident = f"the vLLM engine died ({death}); it is started again, and draws anew for the round that it had"
+        logger.warning(incident)
+        self._incidents.put(incident)
         self._restarted_at = self._policy.version
         self.engine = self._start()
 
