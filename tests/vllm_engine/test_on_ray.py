@@ -54,17 +54,24 @@ class Watcher:
     def note(self, text): pass
 
 cluster = "cluster={workers: 1, worker_cpus: 0.5, learners: %s, learner_cpus: 0.5}" % sys.argv[1]
-config = load_config("minute.yaml", ["evaluation.every=0", cluster])
+config = load_config("minute.yaml", ["evaluation.every=0", cluster, *sys.argv[2:]])
 train_run(config, Path("run"), Watcher(), resume=False, cluster="local")
 """
 
 
-@pytest.mark.parametrize("learners", [1, 2])
-def test_engines_draw_with_the_weights_of_a_learner_group(learners: int, tokenizer: Any, tmp_path: Path):
-    steps = steps_of(GROUP, str(learners), tokenizer=tokenizer, folder=tmp_path)[0]
+@pytest.mark.parametrize(
+    ("learners", "more"),
+    [(1, ()), (2, ()), (2, ("model.lora.rank=4", "optimizer.learning_rate=0.05"))],
+    ids=["one rank", "two ranks", "two ranks, adapters"],
+)
+def test_engines_draw_with_the_weights_of_a_learner_group(
+    learners: int, more: tuple[str, ...], tokenizer: Any, tmp_path: Path
+):
+    steps = steps_of(GROUP, str(learners), *more, tokenizer=tokenizer, folder=tmp_path)[0]
     assert len(steps) == 2
     for step in steps:
         assert 0 <= step["sampler/mismatch_kl"] < 1e-6  # drawn with the weights of the step, not those before
+    assert steps[0]["policy/grad_norm"] > 0  # so that these differ
 
 
 def test_a_killed_engine_costs_nothing(tokenizer: Any, tmp_path: Path):
