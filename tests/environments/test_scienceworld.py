@@ -95,9 +95,27 @@ def test_max_variations_spreads_over_each_type_and_split():
     assert len(suite.tasks("iid")) == 3 + 2
 
 
+def test_held_out_types_are_in_no_other_split():
+    suite = ScienceWorldSuite(held_out=["boil", "find-animal"], max_variations=4)
+    assert suite.splits == ("train", "iid", "ood", "held_out")
+    types = {split: {task.goal for task in suite.tasks(split)} for split in suite.splits}
+    assert types["held_out"] == {"boil", "find-animal"}
+    assert types["train"] == types["iid"] == types["ood"] == set(NUM_VARIATIONS) - types["held_out"]
+    # The simulator's test variations, so that a type's panels with and without holding it out are the same games.
+    of_type = {task.id for task in ScienceWorldSuite(tasks=["boil", "find-animal"], max_variations=4).tasks("ood")}
+    assert {task.id for task in suite.tasks("held_out")} == of_type
+    assert ScienceWorldSuite().splits == ("train", "iid", "ood")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"tasks": ["boil"], "held_out": ["melt", "boil"]}, "'boil' is in tasks, too"),
+        ({"held_out": ["meltt"]}, "held_out: .* did you mean 'melt'"),
+        (
+            {"tasks": ["melt"], "held_out": ["power-component"], "simplification": "noElectricalAction"},
+            "cannot be done",
+        ),
         ({"tasks": ["find-animals"]}, "did you mean 'find-animal'"),
         ({"tasks": []}, "at least one"),
         ({"tasks": "boil"}, "must be a list"),

@@ -41,10 +41,12 @@ class ScienceWorldSuite(TaskSuite):
     """The 7,207 variations of ScienceWorld's 30 task types.
 
     `train`, `iid` and `ood` are the simulator's train, dev and test splits. All three hold the same task types; `iid`
-    and `ood` differ from `train` in the variation only (other objects, rooms and start positions).
+    and `ood` differ from `train` in the variation only (other objects, rooms and start positions). With `held_out`
+    there is a fourth split of that name: the test variations of task types that nothing else holds.
 
     Args:
-        tasks: task types to use, such as `["find-animal", "boil"]`; all 30 by default.
+        tasks: task types to use, such as `["find-animal", "boil"]`; by default all 30, without those held out.
+        held_out: task types of the split `held_out`, to be added to `evaluation.splits`.
         simplification: `""`, `"easy"` (the usual setting: doors open, teleport, self-watering pots, and no electrical
             actions where the task needs none), or a comma-separated list of the simulator's simplifications.
         admissible: what an observation lists: `"none"`; `"objects"`, the action templates and then the names of the
@@ -66,6 +68,7 @@ class ScienceWorldSuite(TaskSuite):
         self,
         *,
         tasks: list[str] | None = None,
+        held_out: list[str] | None = None,
         simplification: str = "easy",
         admissible: Admissible = "none",
         compact_demonstrations: bool = True,
@@ -75,8 +78,16 @@ class ScienceWorldSuite(TaskSuite):
         jvm_options: Sequence[str] = (),
         read_timeout_seconds: float = 60.0,
     ) -> None:
-        self.task_names = _checked_task_names(tasks)
-        _check_simplification(simplification, self.task_names)
+        self.held_out = () if held_out is None else _checked_task_names("held_out", held_out)
+        others = [name for name in NUM_VARIATIONS if name not in self.held_out]
+        self.task_names = _checked_task_names("tasks", others if tasks is None else tasks)
+        if both := [name for name in self.task_names if name in self.held_out]:
+            raise UserError(
+                f"held_out={list(self.held_out)!r}: {both[0]!r} is in tasks, too; leave it out of one of them"
+            )
+        if self.held_out:
+            self.splits = (*self.splits, "held_out")
+        _check_simplification(simplification, (*self.task_names, *self.held_out))
         if admissible not in get_args(Admissible):
             raise UserError(f"admissible={admissible!r}: choose one of {', '.join(get_args(Admissible))}")
         if max_variations is not None and max_variations < 1:
@@ -101,10 +112,11 @@ class ScienceWorldSuite(TaskSuite):
         """All tasks of a split: task type by task type, variations ascending. Needs no Java."""
         if split not in self.splits:
             raise UserError(f"split={split!r}: scienceworld has {', '.join(self.splits)}")
+        names, of = (self.held_out, "ood") if split == "held_out" else (self.task_names, split)
         return [
             Task(suite=self.name, id=f"{name}/{variation}", split=split, goal=name)
-            for name in self.task_names
-            for variation in _evenly_spaced(variations(name, split), self.max_variations)
+            for name in names
+            for variation in _evenly_spaced(variations(name, of), self.max_variations)
         ]
 
     def make_env(self) -> ScienceWorldEnv:
@@ -320,16 +332,14 @@ def _simulator_jar() -> Path:
     return Path(package.origin).parent / "scienceworld.jar"
 
 
-def _checked_task_names(names: list[str] | None) -> tuple[str, ...]:
-    if names is None:
-        return tuple(NUM_VARIATIONS)
+def _checked_task_names(option: str, names: list[str]) -> tuple[str, ...]:
     if isinstance(names, str) or not names:
-        raise UserError(f"tasks={names!r}: must be a list with at least one task name, such as [find-animal]")
+        raise UserError(f"{option}={names!r}: must be a list with at least one task name, such as [find-animal]")
     for name in names:
         if name not in NUM_VARIATIONS:
-            raise UserError(f"tasks: no ScienceWorld task is called {name!r}{_hint(name, NUM_VARIATIONS)}")
+            raise UserError(f"{option}: no ScienceWorld task is called {name!r}{_hint(name, NUM_VARIATIONS)}")
     if len(set(names)) < len(names):
-        raise UserError(f"tasks={names!r}: a name stands there twice")
+        raise UserError(f"{option}={names!r}: a name stands there twice")
     return tuple(names)
 
 
