@@ -59,9 +59,11 @@ def epo(folder: str, dtype: str, episodes: int) -> Generate:
 
     from epo.config import ModelConfig
     from epo.sampling.base import Request
+    from epo.sampling.lean import LeanForward
     from epo.sampling.local import LocalSampler
     from epo.training.policy import load_policy
 
+    attention = Stopwatch(LeanForward, "_attend_decode", "_attend_prefill")
     config = ModelConfig.model_validate({"device": "cpu", "compute": dtype, "max_context": MAX_CONTEXT})
     policy = load_policy(folder, config)
     policy.chat.stop_id = -1  # never drawn: every response has the same length
@@ -74,15 +76,35 @@ def epo(folder: str, dtype: str, episodes: int) -> Generate:
                 sampler.release(episode)
         names = ("prefill_seconds", "decode_seconds", "prefilled_tokens", "decoded_tokens")
         before = {name: getattr(sampler, name) for name in names}
+        attention.seconds = 0.0
         requests = [
             Request(episode=episode, prompt_ids=prompt, random=streams[episode])
             for episode, prompt in enumerate(prompts)
         ]
         drawn = sampler.generate(requests, temperature=1.0, train_temperature=1.0, max_tokens=RESPONSE)
         more = {name: getattr(sampler, name) - value for name, value in before.items()}
-        return [completion.response_ids.tolist() for completion in drawn], more | {"is_lean": sampler.path == "lean"}
+        more |= {"attention_seconds": attention.seconds, "is_lean": sampler.path == "lean"}
+        return [completion.response_ids.tolist() for completion in drawn], more
 
     return generate
+
+
+class Stopwatch:
+    """Adds up the CPU time that this process spends in some methods of a class."""
+
+    def __init__(self, owner: type, *methods: str) -> None:
+        self.seconds = 0.0
+        for name in methods:
+            setattr(owner, name, self._timed(getattr(owner, name)))
+
+    def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Any:
+            start = time.process_time()
+            found = method(*arguments)
+            self.seconds += time.process_time() - start
+            return found
+
+        return timed
 
 
 def hf(folder: str, dtype: str, episodes: int) -> Generate:
@@ -310,6 +332,12 @@ def tables(result: dict[str, Any]) -> str:
                 wall, cpu = (statistics.median(played[mark - 1][kind] for played in rounds) for kind in ("wall", "cpu"))
                 entries.append(f"{1e3 * wall / new:.2f} ({1e3 * cpu / new:.2f})")
             lines.append(f"| {CASES[case]}, per new token | " + " | ".join(entries) + " |")
+        aside = [
+            statistics.median(turns[mark - 1]["cpu"] - turns[mark - 1]["attention_seconds"] for turns in cases["epo"])
+            for mark in marks
+        ]
+        entries = [f"({1e3 * cpu / new:.2f})" for cpu in aside]
+        lines.append("| local sampler, per new token, attention aside | " + " | ".join(entries) + " |")
         for kind, tokens in (("prefill", "prefilled"), ("decode", "decoded")):
             entries = []
             for mark in marks:
