@@ -38,7 +38,7 @@ _BELOW = 1.0
 def causal_attention(query_B_H_T_E: Tensor, key_B_K_T_E: Tensor, value_B_K_T_E: Tensor, *, scale: float) -> Tensor:
     """softmax(scale q k^T) v over the tokens up to each query's own, [B, T, H, E]; all in bfloat16, first order only.
 
-    Query head h reads key head h K // H.
+    Query head h reads key head h K // H. Scores beyond some 20,000 overflow.
     """
     return cast(Tensor, _CausalAttention.apply(query_B_H_T_E, key_B_K_T_E, value_B_K_T_E, scale))  # pyright: ignore[reportUnknownMemberType]
 

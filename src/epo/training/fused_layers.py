@@ -163,7 +163,7 @@ class _Products(torch.autograd.Function):
         weight_O_I = torch.empty(sum(map(len, weights)), x.shape[-1], dtype=torch.bfloat16)
         for part, weight in zip(weight_O_I.split([len(w) for w in weights]), weights, strict=True):
             part.copy_(weight)
-        ctx.save_for_backward(x, weight_O_I)
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[1:]) else None, weight_O_I)
         ctx.sizes = [len(weight) for weight in weights]
         return nn.functional.linear(x, weight_O_I)
 
@@ -171,12 +171,12 @@ class _Products(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight_O_I = ctx.saved_tensors
-        grad_N_O, x_N_I = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        x_grad = (grad_N_O @ weight_O_I).view_as(x) if ctx.needs_input_grad[0] else None
-        if not any(ctx.needs_input_grad[1:]):
-            return (x_grad, *(None for _ in ctx.sizes))
-        parts = torch.mm(grad_N_O.T, x_N_I).split(ctx.sizes)
-        needed = ctx.needs_input_grad[1:]
+        needs_x, *needed = ctx.needs_input_grad
+        grad_N_O = grad.reshape(-1, grad.shape[-1])
+        x_grad = (grad_N_O @ weight_O_I).view(*grad.shape[:-1], -1) if needs_x else None
+        if x is None:
+            return (x_grad, *(None for _ in needed))
+        parts = torch.mm(grad_N_O.T, x.reshape(-1, x.shape[-1])).split(ctx.sizes)
         return (x_grad, *(part.float() if needs else None for part, needs in zip(parts, needed, strict=True)))
 
 
