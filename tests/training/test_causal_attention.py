@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -82,12 +83,10 @@ def test_result_and_gradients_are_those_of_brute_force(
 ) -> None:
     """Whatever the number of blocks; a row of one token has but its own value, and gradients of zero elsewhere."""
     *tensors, grad = drawn(batch, key_heads * groups, key_heads, tokens, size, spread=spread, seed=seed)
-    exact = result_and_gradients(lambda q, k, v: brute_force(q, k, v, scale), tensors, grad, torch.float64)
+    exact = result_and_gradients(partial(brute_force, scale=scale), tensors, grad, torch.float64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ours, "_QUERIES", step)
-        found = result_and_gradients(
-            lambda q, k, v: causal_attention(q, k, v, scale=scale), tensors, grad, torch.bfloat16
-        )
+        found = result_and_gradients(partial(causal_attention, scale=scale), tensors, grad, torch.bfloat16)
     query, key, value = (x.double() for x in tensors)
     # What cancels in the gradients of the scores leaves the rounding of what it was made of: dO v, times scale, k or q.
     made_of = scale * grad.double().norm() * value.norm(dim=-1).max()
@@ -99,15 +98,14 @@ def test_result_and_gradients_are_those_of_brute_force(
 @pytest.mark.parametrize("spread", [0.2, 1.0, 4.0, 16.0])
 @pytest.mark.parametrize("tokens", [130, 300])
 def test_rounding_is_of_the_size_of_torchs_own(tokens: int, spread: float) -> None:
-    """Scores up to 60. The result is within 1.7 times torch's error, all gradients together within 2 times; at 570 tokens
-    the gradients' is smaller than torch's (docs/cost.md)."""
+    """Scores up to 60. The result is within 1.7 times torch's error, all gradients together within 2 times; at 570
+    tokens the gradients' error is smaller than torch's (docs/cost.md)."""
     *tensors, grad = drawn(2, 6, 2, tokens, 64, spread=spread, seed=0)
     scale = 0.125
-    exact = result_and_gradients(lambda q, k, v: torchs(q, k, v, scale), tensors, grad, torch.float64)
-    theirs = errors(result_and_gradients(lambda q, k, v: torchs(q, k, v, scale), tensors, grad, torch.bfloat16), exact)
-    found = errors(
-        result_and_gradients(lambda q, k, v: causal_attention(q, k, v, scale=scale), tensors, grad, torch.bfloat16),
-        exact,
+    exact = result_and_gradients(partial(torchs, scale=scale), tensors, grad, torch.float64)
+    theirs, found = (
+        errors(result_and_gradients(partial(attend, scale=scale), tensors, grad, torch.bfloat16), exact)
+        for attend in (torchs, causal_attention)
     )
     assert found[0] <= 1.7 * theirs[0] and found[1] <= 2 * theirs[1]
     assert 0 < found[0] < UNIT and 0 < found[1] < 4 * UNIT

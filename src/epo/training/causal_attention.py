@@ -1,12 +1,12 @@
 """Causal attention in bfloat16 on a CPU, forward and backward, as a few large products.
 
-torch's own kernel multiplies blocks of 64 queries, in backward at a twentieth of the rate of a large product. Here a block
-of queries of all heads meets all keys that it may see in one batched product of oneDNN. Scores are computed again in
-backward, as in FlashAttention (arXiv 2205.14135); kept are queries, keys, values, the result, and two numbers a row.
+torch's own kernel multiplies small blocks, at a tenth of the rate of a large product. Here a block of queries of all
+heads meets all keys that it may see in one batched product of oneDNN. Scores are computed again in backward, as in
+FlashAttention (arXiv 2205.14135); kept are queries, keys, values, the result, and two numbers for each of its rows.
 
-oneDNN sums in float32 and gives bfloat16 out, in which a score of 20 would be off by 0.06. So what leaves the product is
-the score less a number close to the row's largest: it rides along as further columns of the factors, and what is rounded
-is small wherever it matters. In backward the same is done with dL/dP - sum(P dL/dP).
+oneDNN sums in float32 and gives bfloat16 out, in which a score of 20 would be off by 0.06. So what leaves the product
+is the score less a number close to the row's largest: it rides along as further columns of the factors, and what is
+rounded is small wherever it matters. In backward the same is done with dL/dP - sum(P dL/dP).
 
 Legend: B rows, H query heads, K key heads, G query heads to a key head, T tokens, E head size; Z = B K, Q queries of a
 block with those of its G heads one after the other, L keys that they see; W = E + 4.

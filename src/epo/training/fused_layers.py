@@ -1,9 +1,9 @@
 """Layers of the Llama family under bfloat16 autocast on a CPU, with fewer passes over memory.
 
-Autocast rounds the normalised states once for every linear layer that reads them, and keeps each copy; norms and rotary
-positions make several float32 arrays. Here the norm hands on rounded states, what reads the same input is one product,
-and backward is written out. Numbers are rounded where autocast rounds them, but for the gradients of the layers that read
-one input, which are summed before they are rounded.
+Autocast rounds the normalised states once for every linear layer that reads them, and keeps each copy; norms and
+rotary positions make several float32 arrays. Here the norm hands on rounded states, what reads the same input is one
+product, and backward is written out. Numbers are rounded where autocast rounds them, but for the gradients of the
+layers that read one input, which are summed before they are rounded.
 
 Legend: N tokens, D hidden size, I inputs and O outputs of linear layers, F intermediate size; B rows, T tokens, H query
 heads, K key heads, S = H + 2 K, E head size.

@@ -20,6 +20,7 @@ from epo.agent.chat import ChatFormat
 from epo.config import CriticConfig, ModelConfig
 from epo.errors import UserError
 from epo.models import resolve_model
+from epo.training import causal_attention
 from epo.training.adapters import (
     BASE_FILE,
     CRITIC,
@@ -30,7 +31,6 @@ from epo.training.adapters import (
     files_digest,
     tensors_digest,
 )
-from epo.training import causal_attention
 from epo.training.attention import logit_cap
 from epo.training.fused_layers import fuse_layers
 from epo.training.hardware import resolve_compute, resolve_device
