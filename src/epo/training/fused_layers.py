@@ -104,25 +104,18 @@ class _FeedForward(_Fused):
 
 class _Attention(_Fused):
     def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], *arguments: Any, **options: Any
     ) -> tuple[Tensor, None]:
         module = cast(Any, self)
+        # Masks and caches go by different names in different versions of transformers.
+        others = [*arguments, *(value for name, value in options.items() if name not in ("position_ids", "use_cache"))]
         is_plain = (
-            attention_mask is None
-            and past_key_values is None
+            all(value is None for value in others)
             and module.config._attn_implementation == causal_attention.NAME
             and not module.attention_dropout
         )
         if not is_plain or not _is_on(hidden_states):
-            return super().forward(  # type: ignore[misc]
-                hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
-            )
-        assert position_embeddings is not None
+            return super().forward(hidden_states, position_embeddings, *arguments, **options)  # type: ignore[misc]
         projected = _products(hidden_states, module.q_proj.weight, module.k_proj.weight, module.v_proj.weight)
         projected_B_T_S_E = projected.unflatten(-1, (-1, module.head_dim))
         key_heads = module.k_proj.weight.shape[0] // module.head_dim
