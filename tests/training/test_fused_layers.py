@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,12 +23,17 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from epo.config import LoraConfig
+from epo.config import Config, LoraConfig, ModelConfig
+from epo.objectives import make_control
+from epo.sampling.local import LocalSampler
 from epo.training import causal_attention, fused_layers
 from epo.training.adapters import Adapters, Base
 from epo.training.fused_layers import fuse_layers, unfuse_layers
+from epo.training.learner import Learner
 from epo.training.linear import through_onednn
+from epo.training.policy import Policy, load_policy
 from epo.training.recomputation import enable_recomputation, recomputing
+from made_up import groups
 
 UNIT = 2.0**-8
 """Relative error of one rounding to bfloat16, at most."""
@@ -221,3 +228,31 @@ def test_other_layers_stay_as_they_are() -> None:
             hidden = model.base_model(input_ids=IDS_B_T, attention_mask=mask_B_T, use_cache=False).last_hidden_state
         model.found = hidden.detach()
     assert (masked.found - want.found).norm() < 4 * UNIT * want.found.norm()
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_an_update_is_that_of_transformers_layers_up_to_rounding(
+    lora: int, recompute: bool, policy: Policy, tmp_path: Path, minute_config: Callable[..., Config]
+) -> None:
+    """Through a model directory, as any model is loaded; sampler and learner agree as well as with `sdpa`."""
+    policy.save(tmp_path / "model")
+    data = groups(np.random.default_rng(0))
+    found: dict[str, Tensor] = {}
+    for attention in ("onednn", "sdpa"):
+        options = {
+            "compute": "bfloat16",
+            "attention": attention,
+            "gradient_checkpointing": recompute,
+            "max_context": 256,
+        }
+        loaded = load_policy(tmp_path / "model", ModelConfig.model_validate(options | {"lora": {"rank": lora}}))
+        assert f"attention {attention}" in loaded.describe()
+        assert (count(loaded.model) > 0) == (attention == "onednn" and not lora)
+        assert LocalSampler(loaded, max_episodes=2).path == ("generic" if lora else "lean")
+        config = minute_config("algorithm.name=grpo", "rollout.group_size=2", "optimizer.minibatches=1")
+        metrics = Learner(loaded, config, make_control("none")).update(data, step=1)
+        assert metrics["policy/grad_norm"] > 0 and metrics["update/skipped"] == 0
+        gradients = [p.grad.flatten() for p in loaded.parameters() if p.grad is not None]
+        found[attention] = torch.cat(gradients)
+    assert 0 < (found["onednn"] - found["sdpa"]).norm() < 0.1 * found["sdpa"].norm()
