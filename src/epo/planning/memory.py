@@ -134,8 +134,10 @@ def _update_parts(
     model, c = config.model, precision.compute
     rank, targets = model.lora.rank, model.lora.targets
     tokens = micro_batch_tokens(config, work)
-    # As on a CPU that multiplies bfloat16, which is where anybody would ask for it.
-    own_attention = hardware.accelerator.is_cpu and c == 2 and model.attention in ("auto", "onednn")
+    # As `resolve_attention` chooses on a CPU that multiplies bfloat16: where one would ask for it.
+    own_attention = (
+        hardware.accelerator.is_cpu and c == 2 and model.path != "tiny" and model.attention in ("auto", "onednn")
+    )
     per_layer = saved_per_layer(shape, precision, rank=rank, targets=targets, own_attention=own_attention)
     # One layer's own gradients while it goes backward: three arrays of the feed-forward and the stream's.
     working = tokens * (3 * shape.intermediate * c + 3 * shape.hidden * 4)

@@ -59,7 +59,7 @@ def unfuse_layers(model: nn.Module) -> None:
 
 
 def _are_plain(*linears: nn.Module) -> bool:
-    """Nothing but weights in float32, and all with a bias or none."""
+    """Linear layers without adapters, in float32."""
     return all(type(x) in (nn.Linear, OneDnnLinear) for x in linears) and all(
         p.dtype is torch.float32 for x in linears for p in x.parameters()
     )
