@@ -23,6 +23,7 @@ from epo.packing import pack
 from epo.recipe import parse_config
 from epo.training.batch import flatten
 from epo.training.credit import critic_free_advantages
+from epo.training.fused_layers import unfuse_layers
 from epo.training.learner import Learner
 from epo.training.linear import OneDnnLinear
 from epo.training.passes import Passes
@@ -146,8 +147,10 @@ def make_learner(policy: Policy, config: Config) -> Learner:
 
 
 def plain_twin(model: nn.Module) -> Any:
-    """The model as transformers loads it, on the same parameters: linear layers are torch's own."""
-    twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    """The model as transformers loads it, on the same parameters: layers, linear layers and attention are its own."""
+    twin: Any = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    twin.set_attn_implementation("sdpa")
+    unfuse_layers(twin)
     for module in twin.modules():
         if type(module) is OneDnnLinear:
             module.__class__ = nn.Linear

@@ -233,7 +233,7 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def tables(data: dict[str, Any]) -> str:
     lines: list[str] = []
-    if found := data.get("speed"):
+    for found in (data[name] for name in ("speed", "speed float32") if name in data):
         lines += [f"{found['tokens']:,} tokens in {found['rows']} rows, {found['trained']:,} of them trained; "
                   f"{found['shape']['layers']} layers, {found['compute']}; GEMM "
                   + ", ".join(f"{name[5:]} {rate['cpu']:.1f}" for name, rate in found["gflops"].items())
@@ -303,8 +303,10 @@ def main() -> None:
         print(json.dumps(memory_case(arguments)))
         return
     for part in arguments.parts.split(","):
-        data[part] = {"speed": speed, "turns": turns, "memory": memory}[part](arguments)
-        data[part]["machine"] = {
+        found = {"speed": speed, "turns": turns, "memory": memory}[part](arguments)
+        # Speeds of both types are kept beside each other.
+        data["speed float32" if (part, arguments.compute) == ("speed", "float32") else part] = found
+        found["machine"] = {
             "cores": os.cpu_count(),
             "threads": arguments.threads,
             "instructions": torch.backends.cpu.get_cpu_capability(),

@@ -75,28 +75,52 @@ def test_a_worked_example_by_hand() -> None:
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize(("weights", "compute"), [(4, 4), (4, 2), (2, 2)])
 @pytest.mark.parametrize("targets", ["all-linear", "attention"])
-def test_a_layer_keeps_what_autograd_keeps(rank: int, weights: int, compute: int, targets: Any) -> None:
+@pytest.mark.parametrize("own_attention", [False, True])
+def test_a_layer_keeps_what_autograd_keeps(
+    rank: int, weights: int, compute: int, targets: Any, own_attention: bool
+) -> None:
     """Bytes of saved tensors that grow with the tokens, of a model with one layer more."""
     if rank == 0 and targets == "attention":
         targets = "all-linear"
+    own_attention = own_attention and compute == 2
     shape = ModelShape(
         vocabulary=50, hidden=48, layers=1, heads=6, key_value_heads=2, head_size=8, intermediate=80, is_tied=True,
         source="test",
     )  # fmt: skip
 
     def saved(layers: int, tokens: int) -> int:
-        return _saved_bytes(shape, layers, tokens, rank=rank, targets=targets, weights=weights, compute=compute)
+        return _saved_bytes(
+            shape,
+            layers,
+            tokens,
+            rank=rank,
+            targets=targets,
+            weights=weights,
+            compute=compute,
+            own_attention=own_attention,
+        )
 
     measured = (saved(2, 64) - saved(1, 64)) - (saved(2, 32) - saved(1, 32))
-    expected = saved_per_layer(shape, Precision(weights=weights, compute=compute), rank=rank, targets=targets)
+    precision = Precision(weights=weights, compute=compute)
+    expected = saved_per_layer(shape, precision, rank=rank, targets=targets, own_attention=own_attention)
     assert measured / 64 == pytest.approx(expected, abs=0.5)
 
 
 def _saved_bytes(
-    shape: ModelShape, layers: int, tokens: int, *, rank: int, targets: Any, weights: int, compute: int
+    shape: ModelShape,
+    layers: int,
+    tokens: int,
+    *,
+    rank: int,
+    targets: Any,
+    weights: int,
+    compute: int,
+    own_attention: bool,
 ) -> int:
     """Of two rows of `tokens` each, through the model as the learner would run it."""
+    from epo.training import causal_attention
     from epo.training.adapters import Adapters, Base
+    from epo.training.fused_layers import fuse_layers
     from epo.training.linear import through_onednn
 
     torch.manual_seed(0)
@@ -114,6 +138,10 @@ def _saved_bytes(
     if rank:
         Adapters(model, LoraConfig(rank=rank, targets=targets), Base(path="x", sha256="x"), seed=0)
     through_onednn(model)
+    if own_attention:
+        causal_attention.register()
+        model.set_attn_implementation(causal_attention.NAME)
+        fuse_layers(model)
     found: dict[int, Any] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

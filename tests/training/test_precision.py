@@ -64,30 +64,50 @@ def test_bfloat16_weights_are_multiplied_in_bfloat16(machine: Callable[..., None
 def test_attention_kernels(machine: Callable[..., None]) -> None:
     machine(bfloat16=True, flash=True)
     assert resolve_attention(model(), CUDA) == "flash_attention_2"
-    assert resolve_attention(model(), CPU) == "sdpa"
+    assert resolve_attention(model(), CPU) == "onednn"
+    assert resolve_attention(model(dtype="bfloat16"), CPU) == "onednn"
+    assert resolve_attention(model(compute="float32"), CPU) == "sdpa"
+    assert resolve_attention(model(path="tiny"), CPU) == "sdpa"
     assert resolve_attention(model(compute="float32"), CUDA) == "sdpa"
     assert resolve_attention(model(dtype="bfloat16"), CUDA) == "flash_attention_2"
     for name in ("sdpa", "eager", "flash_attention_2"):
         assert resolve_attention(model(attention=name), CUDA) == name
     machine(bfloat16=True, flash=False)
     assert resolve_attention(model(), CUDA) == "sdpa"
+    machine(bfloat16=False, flash=False)
+    assert resolve_attention(model(compute="bfloat16"), CPU) == "sdpa"
+    assert resolve_attention(model(compute="bfloat16", attention="onednn"), CPU) == "onednn"
 
 
 @pytest.mark.parametrize(
-    ("device", "flash", "given", "fix"),
+    ("kernels", "device", "flash", "given", "fix"),
     [
-        (CPU, True, {}, "the device is cpu: set model.attention=sdpa"),
-        (CUDA, False, {}, "needs the package flash-attn: pip install flash-attn, or set model.attention=sdpa"),
-        (CUDA, True, {"compute": "float32"}, "set model.compute=bfloat16, or model.attention=sdpa"),
+        ("flash_attention_2", CPU, True, {}, "the device is cpu: set model.attention=sdpa"),
+        (
+            "flash_attention_2",
+            CUDA,
+            False,
+            {},
+            "needs the package flash-attn: pip install flash-attn, or set model.attention=sdpa",
+        ),
+        (
+            "flash_attention_2",
+            CUDA,
+            True,
+            {"compute": "float32"},
+            "set model.compute=bfloat16, or model.attention=sdpa",
+        ),
+        ("onednn", CUDA, True, {}, "the device is cuda: set model.attention=sdpa"),
+        ("onednn", CPU, True, {"compute": "float32"}, "set model.compute=bfloat16, or model.attention=sdpa"),
     ],
 )
 def test_kernels_that_cannot_run_are_refused(
-    device: torch.device, flash: bool, given: dict[str, str], fix: str, machine: Callable[..., None]
+    kernels: str, device: torch.device, flash: bool, given: dict[str, str], fix: str, machine: Callable[..., None]
 ) -> None:
     machine(bfloat16=True, flash=flash)
     with pytest.raises(UserError) as caught:
-        resolve_attention(model(attention="flash_attention_2", **given), device)
-    assert fix in str(caught.value) and "model.attention='flash_attention_2'" in str(caught.value)
+        resolve_attention(model(attention=kernels, **given), device)
+    assert fix in str(caught.value) and f"model.attention='{kernels}'" in str(caught.value)
 
 
 @torch.no_grad()

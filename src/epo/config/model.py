@@ -63,9 +63,10 @@ class ModelConfig(Section):
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type in which the matrix products are computed (autocast), by sampler and learner alike. `auto`: float32 for
     `tiny`, otherwise bfloat16 where the hardware multiplies it natively."""
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention kernels of transformers; `auto` takes flash_attention_2 on a GPU if it is installed, else sdpa, and
-    eager for models that cap attention scores (Gemma 2)."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "onednn"] = "auto"
+    """Attention kernels of transformers, and `onednn` of epo's own. `auto` takes flash_attention_2 on a GPU if it is
+    installed, onednn on a CPU that multiplies bfloat16 natively where products are computed in it, else sdpa, and eager
+    for models that cap attention scores (Gemma 2)."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, a third more time."""
     lora: LoraConfig = LoraConfig()

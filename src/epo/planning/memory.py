@@ -49,17 +49,29 @@ def precision_of(config: Config, hardware: Hardware) -> Precision:
     return Precision(weights=4, compute=4 if model.path == "tiny" or hardware.accelerator.is_cpu else 2)
 
 
-def saved_per_layer(shape: ModelShape, precision: Precision, *, rank: int, targets: str) -> int:
+def saved_per_layer(
+    shape: ModelShape, precision: Precision, *, rank: int, targets: str, own_attention: bool = False
+) -> int:
     """Bytes that autograd keeps of one token in one layer of transformers' Llama family, without checkpointing.
 
     Residual stream and normalised states before each of two norms; the inputs of the linear layers; queries, keys,
     values, the attention's result and its normaliser; four arrays of the gated feed-forward. Frozen norms do not keep
     the normalised states. Under autocast each layer that reads the stream keeps its own copy in the compute type.
+
+    Args:
+        own_attention: `epo.training.causal_attention`, which keeps a second number a head; with it, and autocast over
+            weights without adapters, the layers of `epo.training.fused_layers`, which keep one copy of what is read.
     """
     d, i, w, c = shape.hidden, shape.intermediate, precision.weights, precision.compute
+    if own_attention and precision.is_mixed and not rank and not shape.has_query_bias:
+        kept = 2 * shape.query_width + 2 * shape.key_width + 3 * i + 2 * d
+        return c * kept + (4 + c) * shape.heads + 2 * 4 * d + 2 * 4
     attention = c * (2 * shape.query_width + 2 * shape.key_width) + 4 * shape.heads
+    attention += 2 * shape.heads if own_attention else 0
     # torch's own product with a frozen weight does not keep its input; oneDNN's in float32 does.
     feed_forward = c * (3 if rank and c == 2 and targets == "attention" else 4) * i
+    if own_attention and precision.is_mixed and targets == "attention":
+        feed_forward -= c * i  # the feed-forward part without adapters is a fused one
     norms = 2 * 4 * d + 2 * 4
     if rank == 0:
         norms += 2 * w * d
@@ -122,7 +134,11 @@ def _update_parts(
     model, c = config.model, precision.compute
     rank, targets = model.lora.rank, model.lora.targets
     tokens = micro_batch_tokens(config, work)
-    per_layer = saved_per_layer(shape, precision, rank=rank, targets=targets)
+    # As `resolve_attention` chooses on a CPU that multiplies bfloat16: where one would ask for it.
+    own_attention = (
+        hardware.accelerator.is_cpu and c == 2 and model.path != "tiny" and model.attention in ("auto", "onednn")
+    )
+    per_layer = saved_per_layer(shape, precision, rank=rank, targets=targets, own_attention=own_attention)
     # One layer's own gradients while it goes backward: three arrays of the feed-forward and the stream's.
     working = tokens * (3 * shape.intermediate * c + 3 * shape.hidden * 4)
     last_norm = tokens * shape.hidden * (4 + precision.weights)

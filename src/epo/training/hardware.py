@@ -36,13 +36,21 @@ def resolve_attention(config: ModelConfig, device: torch.device) -> str:
     """The attention implementation of transformers: as configured, or the fastest that is installed.
 
     Raises:
-        UserError: flash_attention_2 without what it needs.
+        UserError: flash_attention_2 or onednn without what it needs.
     """
     has_package = importlib.util.find_spec("flash_attn") is not None
     # Its kernels take 16-bit numbers only.
     is_16_bit = torch.bfloat16 in (resolve_compute(config, device), getattr(torch, config.dtype))
     if config.attention == "auto":
-        return "flash_attention_2" if device.type == "cuda" and has_package and is_16_bit else "sdpa"
+        if device.type == "cpu":
+            return "onednn" if is_16_bit and _multiplies_bfloat16(device) else "sdpa"
+        return "flash_attention_2" if has_package and is_16_bit else "sdpa"
+    if config.attention == "onednn":
+        what = "model.attention='onednn'"
+        if device.type != "cpu":
+            raise UserError(f"{what} runs on a CPU only, and the device is {device}: set model.attention=sdpa")
+        if not is_16_bit:
+            raise UserError(f"{what} computes in bfloat16 only: set model.compute=bfloat16, or model.attention=sdpa")
     if config.attention == "flash_attention_2":
         what = "model.attention='flash_attention_2'"
         if device.type != "cuda":

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from epo.config import ModelConfig
 from epo.errors import UserError
 from epo.training.attention import CAPPED_LOGITS, CAPPING, layer_kinds, logit_cap, score_cap
+from epo.training.causal_attention import register
 from epo.training.hardware import resolve_attention, resolve_device
 
 
@@ -27,6 +28,7 @@ def load_directory(folder: Path, config: ModelConfig) -> tuple[Any, Any]:
     """
     shards = _check_directory(folder)
     attention = resolve_attention(config, resolve_device(config.device))
+    register()
     _check_sizes(folder, shards)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

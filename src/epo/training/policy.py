@@ -20,6 +20,7 @@ from epo.agent.chat import ChatFormat
 from epo.config import CriticConfig, ModelConfig
 from epo.errors import UserError
 from epo.models import resolve_model
+from epo.training import causal_attention
 from epo.training.adapters import (
     BASE_FILE,
     CRITIC,
@@ -31,6 +32,7 @@ from epo.training.adapters import (
     tensors_digest,
 )
 from epo.training.attention import logit_cap
+from epo.training.fused_layers import fuse_layers
 from epo.training.hardware import resolve_compute, resolve_device
 from epo.training.linear import through_onednn
 from epo.training.model_directory import load_directory, load_tokenizer, refuse_unsupported
@@ -351,6 +353,8 @@ def _ready_policy(
     model.eval()  # no dropout: the sampler and the learner must compute the same numbers
     adapters = None if base is None else Adapters(model, config.lora, base, seed=seed)
     through_onednn(model)
+    if model.config._attn_implementation == causal_attention.NAME:
+        fuse_layers(model)
     if config.gradient_checkpointing:
         enable_recomputation(model, adapters)
     compute = resolve_compute(config, device)
