@@ -8,16 +8,19 @@ from __future__ import annotations
 import torch
 
 _STEP = 256
-"""Positions that are added at a time."""
+"""Positions come in multiples of this."""
 
 
 class SlotKeys:
-    """`keys[layer]` and `values[layer]`, [S, H, L, E]: as many slots and positions as were ever asked for at once.
+    """`keys[layer]` and `values[layer]`, [S, H, L, E]: at least the slots and positions that were asked for at once.
+
+    Positions double when there are too few, up to `most` of them: what is there has to be copied each time.
 
     Positions that were never written hold zeros: a masked NaN would still poison the attention's output.
     """
 
-    def __init__(self, *, layers: int, heads: int, head_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, *, layers: int, heads: int, head_size: int, dtype: torch.dtype, most: int) -> None:
+        self._most = _rounded(most)
         self._heads, self._head_size = heads, head_size
         self._dtype = dtype
         self._layers = layers
@@ -43,9 +46,13 @@ class SlotKeys:
         if slots <= old_slots and length <= old_length:
             return
         new_slots = max(slots, old_slots)
-        new_length = max(-(-length // _STEP) * _STEP, old_length)
+        new_length = old_length if length <= old_length else min(max(_rounded(length), 2 * old_length), self._most)
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):  # one by one: old and new together only for one of them
                 new = torch.zeros(new_slots, self._heads, new_length, self._head_size, dtype=self._dtype)
                 new[:old_slots, :, :old_length] = old
                 tensors[layer] = new
+
+
+def _rounded(length: int) -> int:
+    return -(-length // _STEP) * _STEP

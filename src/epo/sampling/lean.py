@@ -4,7 +4,7 @@ The same numbers as transformers' modules under the policy's autocast, operation
 the norms in float32; queries, keys, values and the rest of the products in the policy's compute type; positions turned
 in float32. Products whose inputs are the same are one product; new tokens of all rows are one matrix, without padding;
 in the last layer only the tokens whose hidden states are asked for go on. Attention is computed row by row in a prefill
-and in runs of neighbouring slots in a decode, where the query heads of a group are rows of one product.
+and in runs of neighbouring slots in a decode.
 
 Legend: N new tokens of all rows, B rows, R rows of a run, D hidden size, H heads (G query heads to a key-value head),
 E head size, F intermediate size, L positions, V vocabulary.
@@ -12,6 +12,7 @@ E head size, F intermediate size, L positions, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -21,15 +22,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from epo.sampling.attention import attend_new, attend_new_in_products, attend_one, causal_mask
 from epo.sampling.forward import Forward, Row
 from epo.sampling.keys import SlotKeys
 from epo.sampling.packed import PackedLinear, UnknownLinear, weight_and_bias
+from epo.training import causal_attention
 from epo.training.attention import sliding_window
 from epo.training.policy import Policy
 
 _ARCHITECTURES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 _ROTATIONS = ("default", "linear", "llama3", "yarn")  # do not change with the length of the text
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_WIDENED = 2**19
+"""Elements of keys that are made float32 at a time in a decode: a core's own cache holds them."""
 _ROUND = 32
 """A run's positions are rounded up to a multiple: then sums over them do not depend on the other rows' lengths."""
 
@@ -77,6 +82,8 @@ class LeanForward(Forward):
         attention = trunk.layers[0].self_attn
         self._policy = policy
         self._compute = policy.compute
+        # Where the learner's own attention was chosen, products in bfloat16 are fast.
+        self._in_products = self._compute is torch.bfloat16 and config._attn_implementation == causal_attention.NAME
         self._head_size = int(attention.head_dim)
         self._query_heads = int(config.num_attention_heads)
         self._key_heads = int(config.num_key_value_heads)
@@ -86,7 +93,11 @@ class LeanForward(Forward):
         cos_1_L_E, sin_1_L_E = trunk.rotary_emb(trunk.embed_tokens.weight, positions)
         self._cos_L_1_E, self._sin_L_1_E = cos_1_L_E[0, :, None], sin_1_L_E[0, :, None]
         self._cache = SlotKeys(
-            layers=len(trunk.layers), heads=self._key_heads, head_size=self._head_size, dtype=self._compute
+            layers=len(trunk.layers),
+            heads=self._key_heads,
+            head_size=self._head_size,
+            dtype=self._compute,
+            most=policy.max_context,
         )
         self._embedding_V_D = trunk.embed_tokens.weight.detach()
         self._final_norm_D = trunk.norm.weight.detach()
@@ -141,7 +152,9 @@ class LeanForward(Forward):
         is_decode = len(x_N_D) == len(rows)
         slots_B = torch.tensor([row.slot for row in rows])
         runs = self._runs(rows)
-        masks = [] if is_decode else [self._causal_mask(row) for row in rows]
+        masks: list[Tensor | None] = [None] * len(rows)
+        if not is_decode and not self._in_products:
+            masks = [causal_mask(len(row.token_ids), row.end, dtype=self._compute) for row in rows]
         ends = list(accumulate(lengths))
         for number, layer in enumerate(self._layers):
             qkv_N_H_E = self._qkv(layer, x_N_D, cos_N_1_E, sin_N_1_E)
@@ -190,16 +203,18 @@ class LeanForward(Forward):
         return turned_N_H_E[:, : self._query_heads], turned_N_H_E[:, self._query_heads :], qkv_N_H_E[:, turned:]
 
     def _runs(self, rows: Sequence[Row]) -> list[_Run]:
-        """Neighbouring slots together, unless too many positions behind the shorter ones would be read in vain."""
+        """Neighbouring slots together, unless too many positions behind the shorter ones would be read in vain.
+
+        Nor, in bfloat16, more than `_WIDENED` elements of keys.
+        """
+        is_widened = self._compute is not torch.float32
+        most = _WIDENED // (self._key_heads * self._head_size) if is_widened else math.inf
         bounds: list[tuple[int, int]] = []
         longest = total = 0
         for place, row in enumerate(rows):
             wider = max(longest, row.end)
-            if (
-                bounds
-                and rows[place - 1].slot + 1 == row.slot
-                and (place + 1 - bounds[-1][0]) * wider <= 1.25 * (total + row.end) + _ROUND
-            ):
+            read = (place + 1 - bounds[-1][0]) * wider if bounds else 0
+            if bounds and rows[place - 1].slot + 1 == row.slot and read <= min(most, 1.25 * (total + row.end) + _ROUND):
                 bounds[-1] = (bounds[-1][0], place + 1)
                 longest, total = wider, total + row.end
             else:
@@ -210,31 +225,23 @@ class LeanForward(Forward):
             ends_R = torch.tensor([row.end for row in rows[first:after]])
             length = min(-(-int(ends_R.max()) // _ROUND) * _ROUND, self._cache.shape[1])
             hidden_R_1_1_L = (torch.arange(length) >= ends_R[:, None])[:, None, None]
-            mask_R_1_1_L = torch.zeros(hidden_R_1_1_L.shape, dtype=self._compute)
-            mask_R_1_1_L.masked_fill_(hidden_R_1_1_L, -torch.inf)
+            mask_R_1_1_L = torch.zeros(hidden_R_1_1_L.shape).masked_fill_(hidden_R_1_1_L, -torch.inf)
             slots = slice(rows[first].slot, rows[after - 1].slot + 1)
             runs.append(_Run(slice(first, after), slots, length, mask_R_1_1_L))
         return runs
 
     def _attend_decode(self, query_B_H_E: Tensor, keys: Tensor, values: Tensor, runs: Sequence[_Run]) -> Tensor:
-        """[B, D]: the query heads of a group are rows, so that keys and values are read once for all of them."""
-        grouped_B_H_G_E = query_B_H_E.reshape(len(query_B_H_E), self._key_heads, -1, self._head_size)
-        parts: list[Tensor] = []
-        for run in runs:
-            query_R_H_G_E = grouped_B_H_G_E[run.rows]
-            key_R_H_L_E = keys[run.slots, :, : run.length]
-            value_R_H_L_E = values[run.slots, :, : run.length]
-            if self._compute is torch.float32:
-                # Two products: the fused kernel is slower at one token, and its sums depend on the other rows.
-                scores = torch.bmm(query_R_H_G_E.flatten(0, 1), key_R_H_L_E.flatten(0, 1).transpose(1, 2))
-                scores_R_H_G_L = scores.view(*query_R_H_G_E.shape[:3], -1).mul_(self._scale).add_(run.mask_R_1_1_L)
-                weights_RH_G_L = scores_R_H_G_L.softmax(-1).flatten(0, 1)
-                part = torch.bmm(weights_RH_G_L, value_R_H_L_E.flatten(0, 1))
-            else:
-                part = functional.scaled_dot_product_attention(
-                    query_R_H_G_E, key_R_H_L_E, value_R_H_L_E, attn_mask=run.mask_R_1_1_L, scale=self._scale
-                )
-            parts.append(part.reshape(query_R_H_G_E.shape[0], -1))
+        grouped_B_H_G_E = query_B_H_E.unflatten(1, (self._key_heads, -1))
+        parts = [
+            attend_one(
+                grouped_B_H_G_E[run.rows],
+                keys[run.slots, :, : run.length],
+                values[run.slots, :, : run.length],
+                run.mask_R_1_1_L,
+                scale=self._scale,
+            ).flatten(1)
+            for run in runs
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _attend_prefill(
@@ -249,24 +256,13 @@ class LeanForward(Forward):
         out_N_H_E = torch.empty_like(query_N_H_E)
         for row, end, mask in zip(rows, ends, masks, strict=True):
             new = slice(end - len(row.token_ids), end)
-            out_1_H_Q_E = functional.scaled_dot_product_attention(
-                query_N_H_E[None, new].transpose(1, 2),
-                keys[row.slot : row.slot + 1, :, : row.end],
-                values[row.slot : row.slot + 1, :, : row.end],
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=self._scale,
-                enable_gqa=True,
-            )
-            out_N_H_E[new] = out_1_H_Q_E[0].transpose(0, 1)
+            query_Q_H_E = query_N_H_E[new]
+            key_K_L_E, value_K_L_E = keys[row.slot, :, : row.end], values[row.slot, :, : row.end]
+            if self._in_products:
+                out_N_H_E[new] = attend_new_in_products(query_Q_H_E, key_K_L_E, value_K_L_E, scale=self._scale)
+            else:
+                out_N_H_E[new] = attend_new(query_Q_H_E, key_K_L_E, value_K_L_E, mask, scale=self._scale)
         return out_N_H_E.flatten(1)
-
-    def _causal_mask(self, row: Row) -> Tensor | None:
-        """[Q, L] what new tokens see; None where it is the plain triangle."""
-        if row.start == 0:
-            return None
-        future_Q_L = torch.arange(row.end) > torch.arange(row.start, row.end)[:, None]
-        return torch.zeros(future_Q_L.shape, dtype=self._compute).masked_fill_(future_Q_L, -torch.inf)
 
     def _verify(self) -> None:
         """Compare with the policy's own modules on a short ragged text, prefilled in two parts and then decoded."""
