@@ -53,16 +53,19 @@ def test_new_tokens_in_products_are_as_exact_as_the_fused_kernel(shape: tuple[in
     assert error(got, expected) < max(2 * error(fused, expected), 4e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
+@pytest.mark.parametrize(("dtype", "rounds_weights"), [(torch.float32, False), (BFLOAT16, False), (BFLOAT16, True)])
 @pytest.mark.parametrize("groups", [1, 2, 6])
-def test_one_token_of_each_row_sees_its_own_positions_only(dtype: torch.dtype, groups: int) -> None:
+def test_one_token_of_each_row_sees_its_own_positions_only(
+    dtype: torch.dtype, rounds_weights: bool, groups: int
+) -> None:
     heads, head_size, ends = 6, 16, [3, 64, 41]
     query = draw(3, heads, head_size, seed=1, size=3.0).to(dtype)
     key = draw(3, groups, 64, head_size, seed=2, size=2.0).to(dtype)
     value = draw(3, groups, 64, head_size, seed=3).to(dtype)
     hidden_R_L = torch.arange(64) >= torch.tensor(ends)[:, None]
     mask = torch.zeros(3, 64).masked_fill_(hidden_R_L, -torch.inf)[:, None, None]
-    got = attend_one(query.unflatten(1, (groups, -1)), key, value, mask, scale=0.25).flatten(1, 2)
+    query_R_K_G_E = query.unflatten(1, (groups, -1))
+    got = attend_one(query_R_K_G_E, key, value, mask, scale=0.25, rounds_weights=rounds_weights).flatten(1, 2)
     for row, end in enumerate(ends):
         expected = exact(query[row : row + 1], key[row, :, :end], value[row, :, :end], 0.25)
         assert error(got[row : row + 1], expected) < (1e-6 if dtype is torch.float32 else 4e-3)

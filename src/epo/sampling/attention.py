@@ -22,18 +22,36 @@ _BELOW = 1.0
 
 
 def attend_one(
-    query_R_K_G_E: Tensor, key_R_K_L_E: Tensor, value_R_K_L_E: Tensor, mask_R_1_1_L: Tensor, *, scale: float
+    query_R_K_G_E: Tensor,
+    key_R_K_L_E: Tensor,
+    value_R_K_L_E: Tensor,
+    mask_R_1_1_L: Tensor,
+    *,
+    scale: float,
+    rounds_weights: bool = False,
 ) -> Tensor:
-    """One new token of each row, [R, K, G, E]; scores and their softmax in float32, `mask_R_1_1_L` is added to them.
+    """One new token of each row, [R, K, G, E] in the type of the values; scores and their softmax are float32.
 
-    In bfloat16 keys are widened for it: keep the rows so few that a cache holds them.
+    In bfloat16 keys and values are widened for it: keep the rows so few that a cache holds them.
+
+    Args:
+        query_R_K_G_E: of the new tokens.
+        key_R_K_L_E: of all positions.
+        value_R_K_L_E: of all positions.
+        mask_R_1_1_L: added to the scores.
+        scale: of the scores.
+        rounds_weights: leave the values as they are and round the weights; faster where bfloat16 is multiplied.
     """
     query_Z_G_E, key_Z_L_E = query_R_K_G_E.flatten(0, 1).float(), key_R_K_L_E.flatten(0, 1).float()
     scores = torch.bmm(query_Z_G_E, key_Z_L_E.mT)
     scores_R_K_G_L = scores.view(*query_R_K_G_E.shape[:3], -1).mul_(scale).add_(mask_R_1_1_L)
     weights_Z_G_L = scores_R_K_G_L.softmax(-1).flatten(0, 1)
     value_Z_L_E = value_R_K_L_E.flatten(0, 1)
-    return torch.bmm(weights_Z_G_L.to(value_Z_L_E.dtype), value_Z_L_E).view_as(query_R_K_G_E)
+    if rounds_weights:
+        mixed_Z_G_E = torch.bmm(weights_Z_G_L.to(value_Z_L_E.dtype), value_Z_L_E)
+    else:
+        mixed_Z_G_E = torch.bmm(weights_Z_G_L, value_Z_L_E.float()).to(value_Z_L_E.dtype)
+    return mixed_Z_G_E.view_as(query_R_K_G_E)
 
 
 def attend_new(

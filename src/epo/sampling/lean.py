@@ -239,6 +239,7 @@ class LeanForward(Forward):
                 values[run.slots, :, : run.length],
                 run.mask_R_1_1_L,
                 scale=self._scale,
+                rounds_weights=self._in_products,
             ).flatten(1)
             for run in runs
         ]
