@@ -15,7 +15,7 @@ import argparse
 import itertools
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,18 +34,20 @@ from epo.evaluation.comparison import (
     window_mean,
 )
 from epo.evaluation.statistics import bootstrap_interval, improvement_probability, interquartile_mean
-from epo.reporting.reading.run_reader import find_runs, read_run
+from epo.reporting.reading.run_reader import RunData, find_runs, read_run
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "findings.md"
 WINDOW = 0.2
 RESAMPLES = 10_000
+SHORTEST_PANEL = 24
+"""Episodes."""
 
 Values = NDArray[np.float64]
 
 
-def per_seed(comparison: Comparison, arm: Arm, what: str) -> Values:
-    """One number for each complete run of an arm."""
+def per_seed(comparison: Comparison, arm: Arm, what: str, *, seeds: Collection[int | None] | None = None) -> Values:
+    """One number for each complete run of an arm, or for those with one of these seeds."""
     read = {
         "success": lambda run: window_mean(run, TRAINING, window=WINDOW),
         "iid": lambda run: window_mean(run, "iid", window=WINDOW),
@@ -57,7 +59,19 @@ def per_seed(comparison: Comparison, arm: Arm, what: str) -> Values:
         "turns": environment_steps,
         "tokens": sampled_tokens,
     }[what]
-    return np.array([read(comparison.runs[i]) for i in arm.complete], dtype=float)
+    runs = [comparison.runs[i] for i in arm.complete]
+    return np.array([read(run) for run in runs if seeds is None or run.seed in seeds], dtype=float)
+
+
+def seeds_of(comparison: Comparison, arm: Arm) -> list[int | None]:
+    return [comparison.runs[i].seed for i in arm.complete]
+
+
+def panel(comparison: Comparison, arm: Arm, split: str) -> str:
+    """Success on a panel, left out where a panel is too short to say anything."""
+    played = [comparison.runs[i].evaluations[-1]["panels"] for i in arm.complete]
+    episodes = min(entry["episodes"] for panels in played for entry in panels if entry["split"] == split)
+    return with_interval(per_seed(comparison, arm, split)) if episodes >= SHORTEST_PANEL else ""
 
 
 def lowest_of_five(success: Sequence[float]) -> float:
@@ -99,31 +113,45 @@ def arm_names(comparison: Comparison) -> dict[str, str]:
     return {arm.name: comparison.runs[arm.runs[0]].name.rpartition("--seed")[0] for arm in comparison.arms}
 
 
-def table(sweep: str) -> str:
-    """Two tables of a sweep: success, and entropy; each arm against the first without entropy control."""
-    comparison = compare([read_run(run) for run in find_runs([HERE / "results" / sweep])], window=WINDOW)
+def runs_of(sources: Sequence[str]) -> list[RunData]:
+    """`sweep` is all its runs, `sweep/arm` those of an arm."""
+    found: list[Path] = []
+    for source in sources:
+        sweep, _, name = source.partition("/")
+        runs = find_runs([HERE / "results" / sweep])
+        found += [run for run in runs if not name or run.name.rpartition("--seed")[0] == name]
+    return [read_run(run) for run in found]
+
+
+def table(sources: Sequence[str]) -> str:
+    """Two tables, success and entropy; each arm against the first without entropy control, on the seeds both have."""
+    comparison = compare(runs_of(sources), window=WINDOW)
     names = arm_names(comparison)
     base = next(arm for arm in comparison.arms if arm.name == comparison.baseline)
+
+    def both(arm: Arm, what: str) -> tuple[Values, Values]:
+        shared = set(seeds_of(comparison, arm)) & set(seeds_of(comparison, base))
+        return per_seed(comparison, arm, what, seeds=shared), per_seed(comparison, base, what, seeds=shared)
+
     lines = [
         "| arm | seeds | success, training | IQM | over the baseline's | P(better) | p "
         "| `iid` | `ood` | lowest five steps |",
         "| --- " * 10 + "|",
     ]
-    theirs = per_seed(comparison, base, "success")
     for arm in comparison.arms:
-        ours = per_seed(comparison, arm, "success")
+        success = per_seed(comparison, arm, "success")
         versus = ["", "", ""]
         if arm is not base:
+            ours, theirs = both(arm, "success")
             better = improvement_probability([(ours, theirs)])
             versus = [ratio(ours, theirs), f"{better:.2f}", f"{permutation_p(ours, theirs):.2f}"]
-        seeds = ", ".join(str(comparison.runs[i].seed) for i in arm.complete)
         cells = [
             f"`{names[arm.name]}`: {arm.name}",
-            seeds,
-            with_interval(ours),
-            f"{float(interquartile_mean(ours)):.2f}",
+            ", ".join(map(str, seeds_of(comparison, arm))),
+            with_interval(success),
+            f"{float(interquartile_mean(success)):.2f}",
         ]
-        panels = [with_interval(per_seed(comparison, arm, split)) for split in ("iid", "ood")]
+        panels = [panel(comparison, arm, split) for split in ("iid", "ood")]
         lowest = with_interval(per_seed(comparison, arm, "lowest"))
         lines.append("| " + " | ".join([*cells, *versus, *panels, lowest]) + " |")
     lines += [
@@ -131,15 +159,15 @@ def table(sweep: str) -> str:
         "| arm | highest entropy | oscillation | over the baseline's | p | entropy at the end | turns | tokens |",
         "| --- " * 8 + "|",
     ]
-    theirs = per_seed(comparison, base, "oscillation")
     for arm in comparison.arms:
-        ours = per_seed(comparison, arm, "oscillation")
-        versus = ["", ""] if arm is base else [ratio(ours, theirs), f"{permutation_p(ours, theirs):.3f}"]
+        versus = ["", ""]
+        if arm is not base:
+            ours, theirs = both(arm, "oscillation")
+            versus = [ratio(ours, theirs), f"{permutation_p(ours, theirs):.3f}"]
+        oscillation = with_interval(per_seed(comparison, arm, "oscillation"), 3)
         highest, end = (with_interval(per_seed(comparison, arm, what)) for what in ("highest", "entropy"))
         budget = [f"{per_seed(comparison, arm, what).mean():,.0f}" for what in ("turns", "tokens")]
-        lines.append(
-            "| " + " | ".join([f"`{names[arm.name]}`", highest, with_interval(ours, 3), *versus, end, *budget]) + " |"
-        )
+        lines.append("| " + " | ".join([f"`{names[arm.name]}`", highest, oscillation, *versus, end, *budget]) + " |")
     return "\n".join(lines)
 
 
@@ -148,8 +176,10 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="compare only; exit code 1 where page and data differ")
     arguments = parser.parse_args()
     page = PAGE.read_text(encoding="utf-8")
-    marker = re.compile(r"<!-- table of (\S+) -->\n.*?<!-- end -->", re.DOTALL)
-    filled = marker.sub(lambda found: f"<!-- table of {found[1]} -->\n\n{table(found[1])}\n\n<!-- end -->", page)
+    marker = re.compile(r"<!-- table of (.+?) -->\n.*?<!-- end -->", re.DOTALL)
+    filled = marker.sub(
+        lambda found: f"<!-- table of {found[1]} -->\n\n{table(found[1].split())}\n\n<!-- end -->", page
+    )
     if arguments.check:
         if filled != page:
             sys.exit("docs/findings.md differs from the data: run python benchmarks/findings.py")
