@@ -27,6 +27,7 @@ from epo.sampling.base import Completion, Request
 from epo.sampling.draw import draw_and_score, draw_tokens
 from epo.sampling.forward import Row
 from epo.sampling.generic import GenericForward
+from epo.sampling.keys import SlotKeys
 from epo.sampling.lean import LeanForward, NotLean
 from epo.sampling.local import LocalSampler
 from epo.training.adapters import POLICY, Adapters, Base
@@ -255,9 +256,9 @@ def test_memory_grows_with_need_and_goes_with_the_last_episode(make: MakePolicy)
     assert forward.nbytes == 2 * 256 * a_position
     long = ids(0, 260)
     (grown,) = generate(sampler, {0: long}).values()
-    assert forward.nbytes == 2 * 512 * a_position
+    assert forward.nbytes == (512 + 256) * a_position
     generate(sampler, {0: ids(0, 520)})
-    assert forward.nbytes == 2 * 768 * a_position  # not twice as many: max_context needs no more
+    assert forward.nbytes == (768 + 256) * a_position
     (fresh,) = generate(LocalSampler(policy, max_episodes=1), {0: long}).values()
     assert grown.response_ids.tolist() == fresh.response_ids.tolist()
     sampler.release(0)
@@ -267,6 +268,14 @@ def test_memory_grows_with_need_and_goes_with_the_last_episode(make: MakePolicy)
     half = LeanForward(make("llama", BFLOAT16))
     walk(half, {0: [0, 5], 1: [0, 9]})
     assert half.nbytes == 2 * 256 * a_position // 2
+
+
+def test_what_memory_held_before_is_never_read(make: MakePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = make("llama")
+    expected = walk(LeanForward(policy), CUTS)
+    fresh = SlotKeys._empty
+    monkeypatch.setattr(SlotKeys, "_empty", lambda self, slots: fresh(self, slots).fill_(torch.nan))
+    assert torch.equal(walk(LeanForward(policy), CUTS), expected)
 
 
 def test_clocks_and_counters_grow(make: MakePolicy) -> None:

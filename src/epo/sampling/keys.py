@@ -1,58 +1,58 @@
-"""Keys and values of the episodes, slot by slot, in memory that grows with need.
+"""Keys and values of the episodes, slot by slot.
 
-Legend: S slots, N new tokens, H key-value heads, L positions, E head size.
+Legend: S slots, H key-value heads, L positions, E head size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 _STEP = 256
-"""Positions come in multiples of this."""
+"""Positions of a slot that are made ready at a time."""
 
 
 class SlotKeys:
-    """`keys[layer]` and `values[layer]`, [S, H, L, E]: at least the slots and positions that were asked for at once.
+    """`keys[layer]` and `values[layer]`, [S, H, L, E], with as many slots as were ever asked for at once.
 
-    Positions double when there are too few, up to `most` of them: what is there has to be copied each time.
-
-    Positions that were never written hold zeros: a masked NaN would still poison the attention's output.
+    Each has room for all positions from the start, so that nothing is copied when texts grow; a system gives memory to
+    what is written only. What was made ready and never written holds zeros: a masked NaN would still poison attention.
     """
 
-    def __init__(self, *, layers: int, heads: int, head_size: int, dtype: torch.dtype, most: int) -> None:
-        self._most = _rounded(most)
-        self._heads, self._head_size = heads, head_size
-        self._dtype = dtype
-        self._layers = layers
+    def __init__(self, *, layers: int, heads: int, head_size: int, dtype: torch.dtype, positions: int) -> None:
+        self._layers, self._heads, self._head_size, self._dtype = layers, heads, head_size, dtype
+        self.positions = -(-positions // _STEP) * _STEP
         self.clear()
 
     def clear(self) -> None:
-        empty = torch.zeros(0, self._heads, 0, self._head_size, dtype=self._dtype)
-        self.keys = [empty] * self._layers
-        self.values = [empty] * self._layers
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Slots and positions there is memory for."""
-        return self.keys[0].shape[0], self.keys[0].shape[2]
+        self.keys = [self._empty(0)] * self._layers
+        self.values = [self._empty(0)] * self._layers
+        self._ready: list[int] = []
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+        """Of what was made ready."""
+        return sum(self._ready) * 2 * self._layers * self._heads * self._head_size * self._dtype.itemsize
 
-    def reserve(self, *, slots: int, length: int) -> None:
-        """Room for at least that many slots and positions. What is there stays, at its place."""
-        old_slots, old_length = self.shape
-        if slots <= old_slots and length <= old_length:
-            return
-        new_slots = max(slots, old_slots)
-        new_length = old_length if length <= old_length else min(max(_rounded(length), 2 * old_length), self._most)
+    def reserve(self, slots: Collection[int], *, length: int) -> None:
+        """Make that many positions of the slots ready to be read and written. What is there stays, at its place."""
+        if (missing := max(slots) + 1 - len(self._ready)) > 0:
+            self._grow(missing)
+        length = min(-(-length // _STEP) * _STEP, self.positions)
+        for slot in slots:
+            if self._ready[slot] < length:
+                for tensor in (*self.keys, *self.values):
+                    tensor[slot, :, self._ready[slot] : length] = 0
+                self._ready[slot] = length
+
+    def _grow(self, missing: int) -> None:
+        old_slots, longest = len(self._ready), max(self._ready, default=0)
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):  # one by one: old and new together only for one of them
-                new = torch.zeros(new_slots, self._heads, new_length, self._head_size, dtype=self._dtype)
-                new[:old_slots, :, :old_length] = old
-                tensors[layer] = new
+                tensors[layer] = self._empty(old_slots + missing)
+                tensors[layer][:old_slots, :, :longest] = old[:, :, :longest]
+        self._ready += [0] * missing
 
-
-def _rounded(length: int) -> int:
-    return -(-length // _STEP) * _STEP
+    def _empty(self, slots: int) -> torch.Tensor:
+        return torch.empty(slots, self._heads, self.positions, self._head_size, dtype=self._dtype)

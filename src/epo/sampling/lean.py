@@ -97,7 +97,7 @@ class LeanForward(Forward):
             heads=self._key_heads,
             head_size=self._head_size,
             dtype=self._compute,
-            most=policy.max_context,
+            positions=policy.max_context,
         )
         self._embedding_V_D = trunk.embed_tokens.weight.detach()
         self._final_norm_D = trunk.norm.weight.detach()
@@ -144,7 +144,7 @@ class LeanForward(Forward):
 
     def hidden(self, rows: Sequence[Row]) -> Tensor:
         lengths = [len(row.token_ids) for row in rows]
-        self._cache.reserve(slots=max(row.slot for row in rows) + 1, length=max(row.end for row in rows))
+        self._cache.reserve([row.slot for row in rows], length=max(row.end for row in rows))
         last_B = torch.tensor(lengths).cumsum(0) - 1
         positions_N = torch.tensor([place for row in rows for place in range(row.start, row.end)])
         cos_N_1_E, sin_N_1_E = self._cos_L_1_E[positions_N], self._sin_L_1_E[positions_N]
@@ -223,7 +223,7 @@ class LeanForward(Forward):
         runs: list[_Run] = []
         for first, after in bounds:
             ends_R = torch.tensor([row.end for row in rows[first:after]])
-            length = min(-(-int(ends_R.max()) // _ROUND) * _ROUND, self._cache.shape[1])
+            length = min(-(-int(ends_R.max()) // _ROUND) * _ROUND, self._cache.positions)
             hidden_R_1_1_L = (torch.arange(length) >= ends_R[:, None])[:, None, None]
             mask_R_1_1_L = torch.zeros(hidden_R_1_1_L.shape).masked_fill_(hidden_R_1_1_L, -torch.inf)
             slots = slice(rows[first].slot, rows[after - 1].slot + 1)
