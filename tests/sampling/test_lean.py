@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -120,7 +123,7 @@ CUTS = {
 @pytest.mark.parametrize("kind", MODELS)
 def test_logits_are_those_of_transformers_in_float32(make: MakePolicy, kind: str) -> None:
     policy = make(kind)
-    got, expected = walk(LeanForward(policy), CUTS), walk(GenericForward(policy, num_slots=8), CUTS)
+    got, expected = walk(LeanForward(policy, num_slots=8), CUTS), walk(GenericForward(policy, num_slots=8), CUTS)
     assert expected.std() > 0.5
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=0)
     assert (got - expected).abs().mean() < 2e-5
@@ -130,14 +133,15 @@ def test_logits_are_those_of_transformers_in_float32(make: MakePolicy, kind: str
 @pytest.mark.parametrize("kind", ["llama", "llama-biases", "llama-no-groups", "qwen2", "qwen3"])
 def test_logits_in_bfloat16_differ_by_its_rounding_only(make: MakePolicy, kind: str, in_products: bool) -> None:
     policy = make(kind, BFLOAT16)
-    forward = LeanForward(policy)
+    forward = LeanForward(policy, num_slots=8)
     forward._in_products = in_products
     got, peer = walk(forward, CUTS), walk(GenericForward(policy, num_slots=8), CUTS)
     exact = walk(GenericForward(make(kind), num_slots=8), CUTS)
     rounding = (peer - exact).abs().mean()
-    # As near to the exact numbers as transformers' modules, and, since most places round alike, nearer to those.
+    # As near to the exact numbers as transformers' modules. Errors of the two that had nothing in common would make
+    # them differ by 1.4 of that from each other.
     assert (got - exact).abs().mean() < 1.25 * rounding
-    assert (got - peer).abs().mean() < 1.1 * rounding
+    assert (got - peer).abs().mean() < (1.1 if in_products else 0.7) * rounding
 
 
 def test_a_forward_with_a_fault_is_noticed_when_it_is_made(make: MakePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +153,7 @@ def test_a_forward_with_a_fault_is_noticed_when_it_is_made(make: MakePolicy, mon
     policy = make("qwen2")
     monkeypatch.setattr(packed.PackedLinear, "__init__", without_bias)
     with pytest.raises(NotLean, match="its logits are off by"):
-        LeanForward(policy)
+        LeanForward(policy, num_slots=8)
     sampler = LocalSampler(policy, max_episodes=1)
     assert sampler.path == "generic"
     assert "off by" in sampler.path_reason
@@ -240,42 +244,53 @@ def test_without_onednn_the_products_are_those_of_torch(make: MakePolicy, monkey
     policy = make("qwen2")
     expected = walk(GenericForward(policy, num_slots=8), CUTS)
     monkeypatch.setattr(packed, "onednn_is_right", lambda dtype: False)
-    forward = LeanForward(policy)
+    forward = LeanForward(policy, num_slots=8)
     monkeypatch.setattr(packed, "_multiply", None)
     torch.testing.assert_close(walk(forward, CUTS), expected, atol=1e-3, rtol=0)
 
 
-def test_memory_grows_with_need_and_goes_with_the_last_episode(make: MakePolicy) -> None:
-    policy = make("llama")
-    forward = LeanForward(policy)
-    sampler = LocalSampler(policy, max_episodes=8)
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_used_for_what_is_written_and_goes_with_the_last_episode() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    cache = SlotKeys(layers=2, slots=64, heads=4, positions=4096, head_size=64, dtype=FLOAT32)
+    before = resident()
+    for _ in range(3):
+        cache.reserve()
+        keys, values = cache.keys, cache.values
+        assert sum(tensor.nbytes for tensor in (*keys, *values)) == 2**30
+        for tensor in (*keys, *values):
+            tensor[:, :, :10] = 1
+        assert 2**22 <= resident() - before < 2**25
+        assert torch.count_nonzero(keys[0][:, :, 10:20]) == 0
+        cache.reserve()
+        assert cache.keys is keys
+        del keys, values, tensor
+        cache.clear()
+        assert resident() - before < 2**21
+
+
+def test_the_last_episode_takes_its_memory_along(make: MakePolicy) -> None:
+    forward = LeanForward(make("llama"), num_slots=8)
+    sampler = LocalSampler(make("llama"), max_episodes=8)
     sampler._forward = forward
-    assert forward.nbytes == 0
-    a_position = 3 * 2 * 2 * 8 * 4  # layers, keys and values, heads, head size, bytes
     generate(sampler, {0: ids(0, 20), 1: ids(1, 30)})
-    assert forward.nbytes == 2 * 256 * a_position
-    long = ids(0, 260)
-    (grown,) = generate(sampler, {0: long}).values()
-    assert forward.nbytes == (512 + 256) * a_position
-    generate(sampler, {0: ids(0, 520)})
-    assert forward.nbytes == (768 + 256) * a_position
-    (fresh,) = generate(LocalSampler(policy, max_episodes=1), {0: long}).values()
-    assert grown.response_ids.tolist() == fresh.response_ids.tolist()
     sampler.release(0)
-    assert forward.nbytes > 0
+    assert forward._cache.keys
     sampler.release(1)
-    assert forward.nbytes == 0
-    half = LeanForward(make("llama", BFLOAT16))
-    walk(half, {0: [0, 5], 1: [0, 9]})
-    assert half.nbytes == 2 * 256 * a_position // 2
+    assert not forward._cache.keys
 
 
-def test_what_memory_held_before_is_never_read(make: MakePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = make("llama")
-    expected = walk(LeanForward(policy), CUTS)
-    fresh = SlotKeys._empty
-    monkeypatch.setattr(SlotKeys, "_empty", lambda self, slots: fresh(self, slots).fill_(torch.nan))
-    assert torch.equal(walk(LeanForward(policy), CUTS), expected)
+@pytest.mark.parametrize(("compute", "in_products"), [(FLOAT32, False), (BFLOAT16, False), (BFLOAT16, True)])
+def test_an_episode_reads_nothing_of_those_before_it_in_its_slot(
+    make: MakePolicy, compute: torch.dtype, in_products: bool
+) -> None:
+    policy = make("llama", compute)
+    fresh, used = (LeanForward(policy, num_slots=8) for _ in range(2))
+    fresh._in_products = used._in_products = in_products
+    walk(used, {slot: [0, 600, 620, 621] for slot in range(8)})
+    assert torch.equal(walk(used, CUTS), walk(fresh, CUTS))
 
 
 def test_clocks_and_counters_grow(make: MakePolicy) -> None:

@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 _QUERIES = 128
-"""New tokens of a block in `attend_new`."""
+"""New tokens of a block in `attend_new_in_products`."""
+_ELEMENTS = 2**22
+"""Scores of a block at most, unless it has 16 new tokens only."""
 _BELOW = 1.0
 """How far below the largest score of a row 0 lies: most of a row's weight lies around there, if not on one token."""
 
@@ -90,12 +92,14 @@ def attend_new_in_products(query_Q_H_E: Tensor, key_K_L_E: Tensor, value_K_L_E: 
 
     oneDNN sums in float32 and rounds what comes out, in which a score of 20 would be off by 0.06. So scores are
     computed twice: once to find the largest of each row, once to have the others less it, from before they are rounded.
+    The largest is found to 1/256 of itself: at scores of thousands that shows. Scores beyond some 20,000 overflow.
     """
     out_Q_H_E = torch.empty_like(query_Q_H_E)
     K, L, E = key_K_L_E.shape
     before = L - len(query_Q_H_E)
-    for first in range(0, len(query_Q_H_E), _QUERIES):
-        query_B_K_G_E = query_Q_H_E[first : first + _QUERIES].unflatten(1, (K, -1))
+    step = max(16, min(_QUERIES, _ELEMENTS // (query_Q_H_E.shape[1] * L)))
+    for first in range(0, len(query_Q_H_E), step):
+        query_B_K_G_E = query_Q_H_E[first : first + step].unflatten(1, (K, -1))
         queries, _, groups, _ = query_B_K_G_E.shape
         seen = before + first + queries
         query_K_E_N = query_B_K_G_E.transpose(0, 1).reshape(K, -1, E).mT

@@ -5,54 +5,40 @@ Legend: S slots, H key-value heads, L positions, E head size.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+import mmap
 
 import torch
-
-_STEP = 256
-"""Positions of a slot that are made ready at a time."""
+from torch import Tensor
 
 
 class SlotKeys:
-    """`keys[layer]` and `values[layer]`, [S, H, L, E], with as many slots as were ever asked for at once.
+    """`keys[layer]` and `values[layer]`, [S, H, L, E].
 
-    Each has room for all positions from the start, so that nothing is copied when texts grow; a system gives memory to
-    what is written only. What was made ready and never written holds zeros: a masked NaN would still poison attention.
+    They have addresses for all slots and positions, so that nothing is copied as texts grow. Memory is mapped without
+    torch's allocator: the system gives a page when it is first written, full of zeros (a masked NaN would poison
+    attention), and has it back at once with `clear`.
     """
 
-    def __init__(self, *, layers: int, heads: int, head_size: int, dtype: torch.dtype, positions: int) -> None:
-        self._layers, self._heads, self._head_size, self._dtype = layers, heads, head_size, dtype
-        self.positions = -(-positions // _STEP) * _STEP
+    def __init__(
+        self, *, layers: int, slots: int, heads: int, positions: int, head_size: int, dtype: torch.dtype
+    ) -> None:
+        self._layers = layers
+        self._shape = (slots, heads, positions, head_size)
+        self._dtype = dtype
         self.clear()
 
     def clear(self) -> None:
-        self.keys = [self._empty(0)] * self._layers
-        self.values = [self._empty(0)] * self._layers
-        self._ready: list[int] = []
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
 
-    @property
-    def nbytes(self) -> int:
-        """Of what was made ready."""
-        return sum(self._ready) * 2 * self._layers * self._heads * self._head_size * self._dtype.itemsize
+    def reserve(self) -> None:
+        """Have addresses. What is there stays."""
+        if not self.keys:
+            self.keys = [self._mapped() for _ in range(self._layers)]
+            self.values = [self._mapped() for _ in range(self._layers)]
 
-    def reserve(self, slots: Collection[int], *, length: int) -> None:
-        """Make that many positions of the slots ready to be read and written. What is there stays, at its place."""
-        if (missing := max(slots) + 1 - len(self._ready)) > 0:
-            self._grow(missing)
-        length = min(-(-length // _STEP) * _STEP, self.positions)
-        for slot in slots:
-            if self._ready[slot] < length:
-                for tensor in (*self.keys, *self.values):
-                    tensor[slot, :, self._ready[slot] : length] = 0
-                self._ready[slot] = length
-
-    def _grow(self, missing: int) -> None:
-        old_slots, longest = len(self._ready), max(self._ready, default=0)
-        for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):  # one by one: old and new together only for one of them
-                tensors[layer] = self._empty(old_slots + missing)
-                tensors[layer][:old_slots, :, :longest] = old[:, :, :longest]
-        self._ready += [0] * missing
-
-    def _empty(self, slots: int) -> torch.Tensor:
-        return torch.empty(slots, self._heads, self.positions, self._head_size, dtype=self._dtype)
+    def _mapped(self) -> Tensor:
+        size = math.prod(self._shape) * self._dtype.itemsize
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.frombuffer(memory, dtype=self._dtype).view(self._shape)

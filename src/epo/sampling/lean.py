@@ -75,7 +75,7 @@ class LeanForward(Forward):
     name = "lean"
 
     @torch.inference_mode()
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, *, num_slots: int) -> None:
         _refuse_unknown(policy)
         trunk: Any = policy.trunk
         config = trunk.config
@@ -92,12 +92,15 @@ class LeanForward(Forward):
         positions = torch.arange(policy.max_context)[None]
         cos_1_L_E, sin_1_L_E = trunk.rotary_emb(trunk.embed_tokens.weight, positions)
         self._cos_L_1_E, self._sin_L_1_E = cos_1_L_E[0, :, None], sin_1_L_E[0, :, None]
+        # Decodes read positions up to a multiple of `_ROUND`.
+        positions = -(-policy.max_context // _ROUND) * _ROUND
         self._cache = SlotKeys(
             layers=len(trunk.layers),
+            slots=max(num_slots, 2),  # `_verify` takes two
             heads=self._key_heads,
+            positions=positions,
             head_size=self._head_size,
             dtype=self._compute,
-            positions=policy.max_context,
         )
         self._embedding_V_D = trunk.embed_tokens.weight.detach()
         self._final_norm_D = trunk.norm.weight.detach()
@@ -131,11 +134,6 @@ class LeanForward(Forward):
             down=packed(mlp.down_proj),
         )
 
-    @property
-    def nbytes(self) -> int:
-        """Of keys and values."""
-        return self._cache.nbytes
-
     def clear(self) -> None:
         self._cache.clear()
 
@@ -144,7 +142,7 @@ class LeanForward(Forward):
 
     def hidden(self, rows: Sequence[Row]) -> Tensor:
         lengths = [len(row.token_ids) for row in rows]
-        self._cache.reserve([row.slot for row in rows], length=max(row.end for row in rows))
+        self._cache.reserve()
         last_B = torch.tensor(lengths).cumsum(0) - 1
         positions_N = torch.tensor([place for row in rows for place in range(row.start, row.end)])
         cos_N_1_E, sin_N_1_E = self._cos_L_1_E[positions_N], self._sin_L_1_E[positions_N]
@@ -205,7 +203,7 @@ class LeanForward(Forward):
     def _runs(self, rows: Sequence[Row]) -> list[_Run]:
         """Neighbouring slots together, unless too many positions behind the shorter ones would be read in vain.
 
-        Nor, in bfloat16, more than `_WIDENED` elements of keys.
+        Nor, in bfloat16, so many that they have more than `_WIDENED` elements of keys.
         """
         is_widened = self._compute is not torch.float32
         most = _WIDENED // (self._key_heads * self._head_size) if is_widened else math.inf
@@ -223,7 +221,7 @@ class LeanForward(Forward):
         runs: list[_Run] = []
         for first, after in bounds:
             ends_R = torch.tensor([row.end for row in rows[first:after]])
-            length = min(-(-int(ends_R.max()) // _ROUND) * _ROUND, self._cache.positions)
+            length = -(-int(ends_R.max()) // _ROUND) * _ROUND
             hidden_R_1_1_L = (torch.arange(length) >= ends_R[:, None])[:, None, None]
             mask_R_1_1_L = torch.zeros(hidden_R_1_1_L.shape).masked_fill_(hidden_R_1_1_L, -torch.inf)
             slots = slice(rows[first].slot, rows[after - 1].slot + 1)

@@ -73,7 +73,7 @@ class LocalSampler(Sampler):
         self.path_reason = ""
         if self._lean:
             try:
-                return LeanForward(self._policy)
+                return LeanForward(self._policy, num_slots=self._max_episodes)
             except NotLean as reason:
                 self.path_reason = str(reason)
         else:
