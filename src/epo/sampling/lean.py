@@ -92,13 +92,11 @@ class LeanForward(Forward):
         positions = torch.arange(policy.max_context)[None]
         cos_1_L_E, sin_1_L_E = trunk.rotary_emb(trunk.embed_tokens.weight, positions)
         self._cos_L_1_E, self._sin_L_1_E = cos_1_L_E[0, :, None], sin_1_L_E[0, :, None]
-        # Decodes read positions up to a multiple of `_ROUND`.
-        positions = -(-policy.max_context // _ROUND) * _ROUND
         self._cache = SlotKeys(
             layers=len(trunk.layers),
             slots=max(num_slots, 2),  # `_verify` takes two
             heads=self._key_heads,
-            positions=positions,
+            positions=_rounded(policy.max_context),
             head_size=self._head_size,
             dtype=self._compute,
         )
@@ -221,7 +219,7 @@ class LeanForward(Forward):
         runs: list[_Run] = []
         for first, after in bounds:
             ends_R = torch.tensor([row.end for row in rows[first:after]])
-            length = -(-int(ends_R.max()) // _ROUND) * _ROUND
+            length = _rounded(int(ends_R.max()))
             hidden_R_1_1_L = (torch.arange(length) >= ends_R[:, None])[:, None, None]
             mask_R_1_1_L = torch.zeros(hidden_R_1_1_L.shape).masked_fill_(hidden_R_1_1_L, -torch.inf)
             slots = slice(rows[first].slot, rows[after - 1].slot + 1)
@@ -229,6 +227,7 @@ class LeanForward(Forward):
         return runs
 
     def _attend_decode(self, query_B_H_E: Tensor, keys: Tensor, values: Tensor, runs: Sequence[_Run]) -> Tensor:
+        """[B, D]: the query heads of a group are rows, so that keys and values are read once for all of them."""
         grouped_B_H_G_E = query_B_H_E.unflatten(1, (self._key_heads, -1))
         parts = [
             attend_one(
@@ -280,6 +279,10 @@ class LeanForward(Forward):
         error = float((got_B_V - expected_B_V).norm() / expected_B_V.norm())
         if not error < tolerance:
             raise NotLean(f"its logits are off by {error:.1e} of their size")
+
+
+def _rounded(length: int) -> int:
+    return -(-length // _ROUND) * _ROUND
 
 
 def _refuse_unknown(policy: Policy) -> None:
