@@ -173,15 +173,32 @@ def table(sources: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def search_table(sweep: str) -> str:
+    """A line for each method, a cell entry for each of its settings: success, best first. One seed."""
+    methods: dict[str, list[tuple[float, str]]] = {}
+    for run in runs_of([sweep]):
+        arm = run.name.rpartition("--seed")[0]
+        method, _, setting = arm.partition("-")
+        success = window_mean(run, TRAINING, window=WINDOW)
+        entry = f"{setting or 'default'} {success:.2f} ({oscillation_of_entropy(run):.3f})"
+        methods.setdefault(method, []).append((success, entry))
+    ordered = sorted(methods.items(), key=lambda item: -max(item[1])[0])
+    rows = [f"| `{name}` | {'; '.join(entry for _, entry in sorted(found, reverse=True))} |" for name, found in ordered]
+    return "\n".join(["| method | settings: success in training (oscillation), best first |", "| --- | --- |", *rows])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare only; exit code 1 where page and data differ")
     arguments = parser.parse_args()
     page = PAGE.read_text(encoding="utf-8")
-    marker = re.compile(r"<!-- table of (.+?) -->\n.*?<!-- end -->", re.DOTALL)
-    filled = marker.sub(
-        lambda found: f"<!-- table of {found[1]} -->\n\n{table(found[1].split())}\n\n<!-- end -->", page
-    )
+    marker = re.compile(r"<!-- (table|search) of (.+?) -->\n.*?<!-- end -->", re.DOTALL)
+
+    def fill(found: re.Match[str]) -> str:
+        made = table(found[2].split()) if found[1] == "table" else search_table(found[2])
+        return f"<!-- {found[1]} of {found[2]} -->\n\n{made}\n\n<!-- end -->"
+
+    filled = marker.sub(fill, page)
     if arguments.check:
         if filled != page:
             sys.exit("docs/findings.md differs from the data: run python benchmarks/findings.py")
