@@ -68,7 +68,7 @@ tokenizer.response_template = {
 config = EPOConfig(
     output_dir="trl-epo",
     epo_method="epo_strong",  # EPO
-    epo_coefficient=0.01,  # EPO
+    epo_coefficient=0.001,  # EPO
     max_steps=options.steps,
     learning_rate=3e-3 if options.model == "tiny" else 1e-5,
     per_device_train_batch_size=8,

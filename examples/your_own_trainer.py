@@ -13,7 +13,7 @@ DIGITS, TURNS, EPISODES, STEPS = 6, 4, 256, 50
 torch.manual_seed(0)
 embedding, network, head = nn.Embedding(DIGITS, 32), nn.GRU(32, 32, batch_first=True), nn.Linear(32, DIGITS, bias=False)
 optimizer = torch.optim.Adam([*embedding.parameters(), *network.parameters(), *head.parameters()], lr=3e-3)
-control = make_control("epo_strong", coefficient=0.01)  # EPO, or `bonus`; others need the hooks in docs/objectives.md
+control = make_control("epo_strong", coefficient=0.001)  # EPO, or `bonus`; others need the hooks in docs/objectives.md
 
 
 def score(tokens_B_T: Tensor, answered_B_K: Tensor) -> tuple[Tensor, Tensor]:

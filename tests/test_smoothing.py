@@ -40,7 +40,9 @@ def test_verdicts_say_what_the_profiles_do() -> None:
     )
     assert "keeps at least 80%" in verdicts["epo, paper for ALFWorld"]
     assert verdicts["epo_release"] == verdicts["epo_base"] == "no effect: the plain entropy bonus"
-    assert verdicts["epo_strong"] == (
+    assert verdicts["epo_strong"] == ("pushes entropy down above 2 H_ref at every step; no floor")
+    floor = effective_weights("floor", "epo", {"alpha": 2.0, "kappa_low": 0.5, "kappa_high": 1.5}, total_steps=125)
+    assert floor.verdict() == (
         "pushes entropy down above 1.5 H_ref at every step; below 0.5 H_ref the bonus is 3 to 5 times as strong"
     )
     half = effective_weights("half", "epo", {"alpha": 0.9, "kappa_low": 0.5}, total_steps=100)

@@ -170,18 +170,18 @@ def phase() -> str:
     """alpha beta_k over training: where it stays below 1 the corridor never pushes entropy down."""
     steps = 125
     drawing = Drawing(760, 290, "alpha times beta over training, for the published and our own alpha")
-    axes = Axes(drawing, 52, 44, 470, 190, (0, steps), (0, 4))
-    axes.frame(name="αβ_k, K = 125", across="RL step k", x_ticks=(0, 62, 125), y_ticks=(0, 1, 2, 3, 4))
+    axes = Axes(drawing, 52, 44, 470, 190, (0, steps), (0, 20))
+    axes.frame(name="αβ_k, K = 125", across="RL step k", x_ticks=(0, 62, 125), y_ticks=(0, 5, 10, 15, 20))
     xs = list(range(steps))
-    for alpha, colour, dash in ((2.0, ORANGE, ""), (0.1, BLUE, "6 4"), (0.05, GREEN, "2 3")):
+    for alpha, colour, dash in ((10.0, ORANGE, ""), (0.1, BLUE, "6 4"), (0.05, GREEN, "2 3")):
         values = [alpha * phase_weight(step, steps) for step in xs]
         axes.curve(values, xs=xs, colour=colour, dash=dash)
     drawing.line([axes.at(0, 1), axes.at(steps, 1)], colour=INK, width=1.5)
     for y, words, colour in (
-        (140, "α = 2, epo_strong", ORANGE),
-        (190, "1: the bonus turns around", INK),
-        (214, "α = 0.1, ALFWorld", BLUE),
-        (234, "α = 0.05, ScienceWorld", GREEN),
+        (140, "α = 10, epo_strong", ORANGE),
+        (196, "1: the bonus turns around", INK),
+        (216, "α = 0.1, ALFWorld", BLUE),
+        (236, "α = 0.05, ScienceWorld", GREEN),
     ):
         drawing.text(532, y, words, colour=colour)
     return drawing.svg()

@@ -45,7 +45,7 @@ def test_every_option_of_a_working_method_has_a_documented_field() -> None:
 
 def test_options_reach_the_method_and_others_keep_its_defaults(config: Make) -> None:
     control: Any = config(epo_method="epo_strong", epo_alpha=3.0, epo_reference="per_turn").make_control()
-    assert (control.alpha, control.kappa_low, control.kappa_high) == (3.0, 0.5, 1.5)
+    assert (control.alpha, control.kappa_low, control.kappa_high) == (3.0, 0.0, 2.0)
     assert control.history.kind == "per_turn"
     decay: Any = config(epo_method="epo_decay", max_tool_calling_iterations=3).make_control()
     assert decay.max_turns == 4

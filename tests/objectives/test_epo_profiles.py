@@ -32,31 +32,35 @@ def test_presets_are_what_their_names_say() -> None:
     constant = method_options("epo_constant_beta")
     assert {name for name in paper if constant[name] != paper[name]} == {"schedule"}
     strong = method_options("epo_strong")
-    assert {name for name in paper if strong[name] != paper[name]} == {"alpha", "kappa_low", "kappa_high"}
-    assert (strong["kappa_low"], strong["kappa_high"]) == (0.5, 1.5)
-    assert make_control("epo_strong").warnings() == []
+    assert {name for name in paper if strong[name] != paper[name]} == {"alpha"}
+    assert strong["alpha"] == 10
+    assert make_control("epo_strong", kappa_low=0.1).warnings() == []
+    (warning,) = make_control("epo_strong").warnings()
+    assert "no floor" in warning
     assert len(make_control("epo").warnings()) == 2
     # An option given by the user wins over the preset.
-    assert make_control("epo_strong", alpha=0.3).warnings() != []
+    assert len(make_control("epo_strong", alpha=0.3).warnings()) == 2
 
 
 @pytest.mark.parametrize("step", [0, 3, 9])
 def test_strong_turns_the_bonus_around_at_every_step_and_published_never(step: int) -> None:
-    """H_ref = 1. Above 1.5 the strong corridor pushes down, below 0.5 it pushes up more than the bonus."""
-    controls = {name: make_control(name) for name in ("bonus", "epo", "epo_strong")}
-    for control in controls.values():
+    """H_ref = 1. Above 2 the strong corridor pushes down; one with a floor of 0.5 pushes up more than the bonus below."""
+    floor = {"alpha": 2.0, "kappa_low": 0.5, "kappa_high": 1.5}
+    controls = [*(make_control(name) for name in ("bonus", "epo", "epo_strong")), make_control("epo", **floor)]
+    for control in controls:
         control.observe(torch.ones(4, dtype=torch.float64), torch.arange(4), torch.zeros(4, dtype=torch.long))
-    bonus, published, strong = (slopes(control, step=step) for control in controls.values())
+    bonus, published, strong, floored = (slopes(control, step=step) for control in controls)
     beta = 1 + math.exp(-3 * step / 5)
     for i, entropy in enumerate(ENTROPY.tolist()):
         assert published[i] / bonus[i] == pytest.approx(1 - 0.05 * beta * (entropy > 2))
         assert published[i] / bonus[i] > 0
-        assert strong[i] / bonus[i] == pytest.approx(1 - 2 * beta * (entropy > 1.5) + 2 * beta * (entropy < 0.5))
-        assert (strong[i] / bonus[i] < 0) == (entropy > 1.5)
+        assert strong[i] / bonus[i] == pytest.approx(1 - 10 * beta * (entropy > 2))
+        assert (strong[i] / bonus[i] < 0) == (entropy > 2)
+        assert floored[i] / bonus[i] == pytest.approx(1 - 2 * beta * (entropy > 1.5) + 2 * beta * (entropy < 0.5))
 
 
 def test_per_turn_corridors_judge_a_turn_by_its_own_past() -> None:
-    control = make_control("epo_strong", reference="per_turn")
+    control = make_control("epo", alpha=2.0, kappa_low=0.5, kappa_high=1.5, reference="per_turn")
     bonus = slopes(make_control("bonus"))
     for _ in range(3):
         control.observe(
@@ -121,7 +125,7 @@ def test_release_equals_the_token_mean_bonus_bit_for_bit() -> None:
 
     assert make_control("epo_release").aggregate == make_control("bonus", aggregate="token").aggregate == "token"
     assert torch.equal(trained("epo_release"), trained("bonus"))
-    assert not torch.equal(trained("epo_strong"), trained("bonus"))
+    assert not torch.equal(trained("epo_strong", kappa_low=0.9), trained("bonus"))
 
 
 def test_release_reference_includes_the_step_itself_and_its_gate_opens_late() -> None:

@@ -21,9 +21,11 @@ from epo.objectives import make_control, trajectory_weights
 PROFILES: dict[str, dict[str, Any]] = {
     "epo": {"coefficient": 0.001, "alpha": 0.05, "kappa": (0.0, 2.0), "gamma": 3.0},
     "epo_constant_beta": {"coefficient": 0.001, "alpha": 0.05, "kappa": (0.0, 2.0), "gamma": None},
-    "epo_strong": {"coefficient": 0.001, "alpha": 2.0, "kappa": (0.5, 1.5), "gamma": 3.0},
+    "epo_strong": {"coefficient": 0.001, "alpha": 10.0, "kappa": (0.0, 2.0), "gamma": 3.0},
     "epo_base": {"coefficient": 0.001, "alpha": 0.0, "kappa": (0.0, 2.0), "gamma": 3.0},
+    "epo with a floor": {"coefficient": 0.001, "alpha": 2.0, "kappa": (0.5, 1.5), "gamma": 3.0},
 }
+FLOOR = {"alpha": 2.0, "kappa_low": 0.5, "kappa_high": 1.5}
 
 batches = ragged_batches(max_groups=2, max_members=3)
 
@@ -80,7 +82,7 @@ def brute_loss(batch: Ragged, profile: dict[str, Any], references: dict[int, flo
 
 @settings(max_examples=60, deadline=None)
 @given(
-    method=st.sampled_from(sorted(PROFILES)),
+    name=st.sampled_from(sorted(PROFILES)),
     kind=st.sampled_from(["scalar", "per_turn"]),
     average=st.sampled_from(["cumulative", "sliding", "ema"]),
     past=st.lists(batches, max_size=3),
@@ -91,7 +93,7 @@ def brute_loss(batch: Ragged, profile: dict[str, Any], references: dict[int, flo
     seed=st.integers(0, 1000),
 )
 def test_a_profile_is_its_equations_in_any_order_and_any_split(
-    method: str,
+    name: str,
     kind: str,
     average: str,
     past: list[Ragged],
@@ -101,7 +103,11 @@ def test_a_profile_is_its_equations_in_any_order_and_any_split(
     cuts: list[int],
     seed: int,
 ) -> None:
-    options = {"reference": kind, "history": average, "window": 2, "ema_decay": 0.6} if method != "epo_base" else {}
+    method, options = name, {}
+    if name != "epo_base":
+        options = {"reference": kind, "history": average, "window": 2, "ema_decay": 0.6}
+    if name == "epo with a floor":
+        method, options = "epo", {**options, **FLOOR}
     control = make_control(method, **options)
     for batch in past:
         control.observe(batch.entropy_N, batch.trajectory_ids_N, batch.turn_ids_N)
@@ -109,7 +115,7 @@ def test_a_profile_is_its_equations_in_any_order_and_any_split(
         state = json.loads(json.dumps(control.state_dict()))
         control = make_control(method, **options)
         control.load_state_dict(state)
-    profile, references = PROFILES[method], brute_references(past, kind, average)
+    profile, references = PROFILES[name], brute_references(past, kind, average)
 
     def run(batch: Ragged, parts: list[slice]) -> tuple[float, Tensor, dict[str, float]]:
         leaf = batch.entropy_N.clone().requires_grad_()

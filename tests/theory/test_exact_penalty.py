@@ -123,11 +123,12 @@ def test_figures_a_floor_of_half_a_nat_at_the_papers_lambda(gap: float, multipli
     needed = max(0.0, temperature_of(reward_A, 0.5) - 0.001)
     assert needed == pytest.approx(multiplier, abs=6e-5)
     assert needed / 0.001 == pytest.approx(strength, abs=0.06)
-    # The paper's 0.001 * 0.05 * 2, and epo_strong's largest: what they have.
-    published, strong = (0.001 * alpha * phase_weight(0, 125) for alpha in (0.05, 2.0))
-    assert (published, strong) == pytest.approx((1e-4, 4e-3))
+    # The paper's 0.001 * 0.05 * 2, and the largest of alpha = 2 and 10: what they have.
+    published, two, ten = (0.001 * alpha * phase_weight(0, 125) for alpha in (0.05, 2.0, 10.0))
+    assert (published, two, ten) == pytest.approx((1e-4, 4e-3, 0.02))
     assert (published >= needed) == (gap <= 0.001)
-    assert (strong >= needed) == (gap <= 0.003)
+    assert (two >= needed) == (gap <= 0.003)
+    assert (ten >= needed) == (gap <= 0.01)
 
 
 @pytest.mark.parametrize("turns", [1, 2, 5])

@@ -47,7 +47,7 @@ class EPOTrainer(GRPOTrainer):
 
         trainer = EPOTrainer(
             model="Qwen/Qwen3-0.6B",
-            args=EPOConfig(output_dir="run", max_steps=100, epo_method="epo_strong", epo_coefficient=0.01),
+            args=EPOConfig(output_dir="run", max_steps=100, epo_method="epo_strong", epo_coefficient=0.001),
             environment_factory=MyEnvironment,
         )
         trainer.train()

@@ -41,9 +41,9 @@ METHODS: dict[str, Method] = {
     "epo": Method("EPO at the paper's values: nearly inert, see its warnings", EPOControl),
     "epo_constant_beta": Method("EPO without its phase weight (w/o DW)", EPOControl, {"schedule": "constant"}),
     "epo_strong": Method(
-        "EPO with a corridor that has a floor and can turn the bonus around; ours, not the paper's",
+        "EPO with a ceiling that pushes entropy down; ours, not the paper's",
         EPOControl,
-        {"kappa_low": 0.5, "kappa_high": 1.5, "alpha": 2.0},
+        {"alpha": 10.0},
     ),
     "epo_decay": Method("EPO-Decay: a bonus that fades over turns or over training", EPODecayControl),
     "epo_release": Method("what the authors' release computes: without effect beside `bonus`", EPOReleaseControl),
