@@ -44,7 +44,7 @@ def test_presets_are_what_their_names_say() -> None:
 
 @pytest.mark.parametrize("step", [0, 3, 9])
 def test_strong_turns_the_bonus_around_at_every_step_and_published_never(step: int) -> None:
-    """H_ref = 1. Above 2 the strong corridor pushes down; one with a floor of 0.5 pushes up more than the bonus below."""
+    """H_ref = 1. Above 2 the strong corridor pushes down; below a floor of 0.5 one pushes up more."""
     floor = {"alpha": 2.0, "kappa_low": 0.5, "kappa_high": 1.5}
     controls = [*(make_control(name) for name in ("bonus", "epo", "epo_strong")), make_control("epo", **floor)]
     for control in controls:
