@@ -116,12 +116,15 @@ def arm_names(comparison: Comparison) -> dict[str, str]:
 
 
 def runs_of(sources: Sequence[str]) -> list[RunData]:
-    """`sweep` is all its runs, `sweep/arm` those of an arm."""
+    """`sweep` is all its runs, `sweep/arm` those of an arm, `sweep/arm@0,1` those with these seeds."""
     found: list[Path] = []
     for source in sources:
-        sweep, _, name = source.partition("/")
-        runs = find_runs([HERE / "results" / sweep])
-        found += [run for run in runs if not name or run.name.rpartition("--seed")[0] == name]
+        sweep, _, rest = source.partition("/")
+        name, _, seeds = rest.partition("@")
+        for run in find_runs([HERE / "results" / sweep]):
+            arm, _, seed = run.name.rpartition("--seed")
+            if (not name or arm == name) and (not seeds or seed in seeds.split(",")):
+                found.append(run)
     return [read_run(run) for run in found]
 
 
