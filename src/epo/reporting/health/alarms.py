@@ -49,7 +49,7 @@ _ALARMS = (
         source=f"{SEAL}; verl issue 2738. The factor is the upper edge of the paper's corridor, kappa_high = 2 "
         f"({EPO}); measured against recent steps, and the rest of the threshold: ours",
         advice="lower optimizer.learning_rate or the entropy coefficient, or hold entropy down: "
-        "entropy.method=epo with alpha and kappa_high such that alpha * beta > 1, adaptive or entropic. "
+        "entropy.method=epo_strong or entropic. "
         "Go back to the last good checkpoint: habits picked up in an eruption stay",
         needs=("entropy/mean",),
     ),
@@ -74,7 +74,7 @@ _ALARMS = (
         threshold="share 0.5",
         source=f"{EPO} (oscillation between exploring too much and too little); {SEAL}; {OURS}",
         advice="more episodes per step (rollout.tasks_per_step), a lower optimizer.learning_rate, or "
-        "entropy.method=epo with kappa_low > 0 and alpha * beta > 1, which pulls towards the run's own "
+        "entropy.method=epo_strong, which pushes entropy down where it exceeds twice the run's own "
         "history",
         needs=("entropy/oscillation", "entropy/mean"),
     ),
