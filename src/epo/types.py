@@ -150,6 +150,13 @@ class Turn:
     counts: TokenCounts | None = None
     """Of a turn without ids, where the server tells them."""
 
+    def __post_init__(self) -> None:
+        length = len(self.response_ids)
+        for name in ("logprobs", "entropy", "learner_logprobs", "advantages", "ratios"):
+            values = getattr(self, name)
+            if values is not None and len(values) != length:
+                raise ValueError(f"a turn's {name} must be one per response token ({length}), got {len(values)}")
+
     @property
     def reward(self) -> float:
         """What this turn earned."""
@@ -214,6 +221,13 @@ class PackedRow:
     logprobs_T: FloatArray
     """Sampling log-probabilities; 0 where not trained."""
     trajectory_id: int
+
+    def __post_init__(self) -> None:
+        for name in ("trained_T", "turn_ids_T", "logprobs_T"):
+            if len(getattr(self, name)) != len(self.token_ids_T):
+                raise ValueError(
+                    f"a row's {name} must be one per token ({len(self.token_ids_T)}), got {len(getattr(self, name))}"
+                )
 
     def __len__(self) -> int:
         return len(self.token_ids_T)

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from epo.objectives._shapes import require_same_shape
 from epo.objectives.entropy import turn_means
 
 PenaltyKind = Literal["relu", "indicator", "squared"]
@@ -194,12 +195,14 @@ def corridor(entropy_N: Tensor, reference: float | Tensor | None, *, kappa_low: 
         kappa_high: upper edge over H_ref, > kappa_low.
 
     Raises:
-        ValueError: kappa_low and kappa_high that leave no corridor.
+        ValueError: kappa_low and kappa_high that leave no corridor, or shapes that differ.
     """
     if not 0 <= kappa_low < kappa_high:
         raise ValueError(f"the corridor needs 0 <= kappa_low < kappa_high, got {kappa_low} and {kappa_high}")
     known = math.nan if reference is None else reference
     reference_N = torch.as_tensor(known, dtype=entropy_N.dtype, device=entropy_N.device).detach()
+    if reference_N.dim() > 0:
+        require_same_shape(entropy=entropy_N, reference=reference_N)
     is_unknown_N = reference_N.isnan()
     low_N = torch.where(is_unknown_N, -math.inf, kappa_low * reference_N)
     high_N = torch.where(is_unknown_N, math.inf, kappa_high * reference_N)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from epo.objectives._shapes import require_same_shape
 from epo.objectives.corridor import (
     EntropyHistory,
     PenaltyKind,
@@ -76,6 +77,9 @@ def epo_loss(
 
     Returns:
         loss and metrics as `corridor_term` names them.
+
+    Raises:
+        ValueError: shapes differ, a negative turn id, or a number out of its range.
     """
     term = corridor_term(
         entropy_N,
@@ -99,7 +103,11 @@ def bonus_term(entropy_N: Tensor, weights_N: Tensor, *, coefficient: float) -> E
         entropy_N: [N] nats, with gradient.
         weights_N: [N] weights that sum to 1 over the mini-batch.
         coefficient: lambda.
+
+    Raises:
+        ValueError: shapes differ.
     """
+    require_same_shape(entropy=entropy_N, weights=weights_N)
     return EntropyTerm(-coefficient * (weights_N * entropy_N).sum(), {})
 
 
@@ -137,7 +145,11 @@ def corridor_term(
         share of tokens outside), `entropy/reference` (only with history), `epo/smoothing` (L^smooth), `epo/beta`,
         `epo/effective_weight` (mean weight of the entropy in the gradient; lambda when nothing is outside),
         `epo/gradient_share` (the smoothing's gradient by the entropies over the bonus's, in L1 norm).
+
+    Raises:
+        ValueError: shapes differ, or a number out of its range.
     """
+    require_same_shape(entropy=entropy_N, weights=weights_N, reference=reference_N)
     weights_N = weights_N.detach()
     distances = corridor(entropy_N, reference_N, kappa_low=kappa_low, kappa_high=kappa_high)
     bonus = (weights_N * entropy_N).sum()

@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from epo.objectives._shapes import require_same_shape
+
 KLKind = Literal["k1", "k2", "k3"]
 
 _MAX_LOG_RATIO = 20.0
@@ -50,8 +52,9 @@ def clipped_surrogate(
         dual_clip: > 1, or None for none.
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: shapes differ, or a number out of its range.
     """
+    require_same_shape(logprobs=logprobs_N, old_logprobs=old_logprobs_N, advantages=advantages_N)
     if not 0 <= clip_low <= 1 or not clip_high >= 0:
         raise ValueError(f"clip_low must lie in [0, 1] and clip_high be >= 0, got {clip_low} and {clip_high}")
     if dual_clip is not None and not dual_clip > 1:
@@ -89,8 +92,9 @@ def kl_penalty(logprobs_N: Tensor, reference_logprobs_N: Tensor, *, kind: KLKind
         kind: see above.
 
     Raises:
-        ValueError: unknown kind.
+        ValueError: shapes differ, or unknown kind.
     """
+    require_same_shape(logprobs=logprobs_N, reference_logprobs=reference_logprobs_N)
     log_ratio_N = reference_logprobs_N.detach() - logprobs_N
     if kind == "k1":
         return -log_ratio_N
@@ -115,8 +119,9 @@ def value_loss(values_N: Tensor, old_values_N: Tensor, returns_N: Tensor, *, cli
         clip: > 0 in units of the return, or None for the plain squared error.
 
     Raises:
-        ValueError: a clip that is not positive.
+        ValueError: shapes differ, or a clip that is not positive.
     """
+    require_same_shape(values=values_N, old_values=old_values_N, returns=returns_N)
     returns_N = returns_N.detach()
     error_N = (values_N - returns_N).square()
     if clip is None:
