@@ -22,7 +22,7 @@ from rich.table import Table
 
 from epo.authoring import command as authoring_command
 from epo.config import Config
-from epo.errors import StorageError, UserError
+from epo.errors import EnvironmentFailure, LearnerLost, StorageError, UserError
 from epo.exporting import command as export_command
 from epo.models.command import models_app
 from epo.models.hub import stay_offline_unless_asked
@@ -512,15 +512,19 @@ def _print_summary(summary: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Entry point: user mistakes become one line and exit code 2, a full disk one line and exit code 1."""
+    """Entry point: user mistakes become one line and exit code 2, other errors of `epo.errors` one and exit code 1."""
     stay_offline_unless_asked()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         app()
     except UserError as error:
-        stderr.print(visible(f"error: {error}", keep="\n"), markup=False, highlight=False, soft_wrap=True)
+        _print_error(str(error))
         sys.exit(2)
-    except StorageError as error:
-        stderr.print(visible(f"error: {error}", keep="\n"), markup=False, highlight=False, soft_wrap=True)
+    except (EnvironmentFailure, LearnerLost, StorageError) as error:
+        _print_error(" ".join(str(error).splitlines()))  # what an environment says may have many lines
         sys.exit(1)
+
+
+def _print_error(text: str) -> None:
+    stderr.print(visible(f"error: {text}", keep="\n"), markup=False, highlight=False, soft_wrap=True)

@@ -8,7 +8,7 @@ class UserError(ValueError):
 
 
 class EnvironmentFailure(RuntimeError):
-    """An environment process died, hung, or answered nonsense. Never the agent's fault."""
+    """An environment process died, hung, or answered nonsense. Never the agent's fault. The CLI exits with code 1."""
 
 
 class StorageError(OSError):
@@ -19,4 +19,5 @@ class StorageError(OSError):
 
 
 class LearnerLost(RuntimeError):
-    """A process or machine of the learner is gone, and with it what it learnt since the newest checkpoint."""
+    """A process or machine of the learner is gone, and with it what it learnt since the newest checkpoint. The CLI
+    exits with code 1."""

@@ -19,6 +19,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -199,9 +200,11 @@ def _make_games(
         for worker, log in zip(workers, logs, strict=True):
             if worker.wait() == 3:
                 raise UserError(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1])
-            if worker.returncode:
-                tail = log.read_text(encoding="utf-8", errors="replace")[-2000:]
-                raise EnvironmentFailure(f"making household games failed with code {worker.returncode}:\n{tail}")
+            if (code := worker.returncode) != 0:
+                how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+                words = log.read_text(encoding="utf-8", errors="replace").split("\n")
+                last = next((line.strip()[-300:] for line in reversed(words) if line.strip()), "it wrote nothing")
+                raise EnvironmentFailure(f"a process that makes household games {how}: {last}")
     finally:
         for worker in workers:
             if worker.poll() is None:

@@ -23,7 +23,7 @@ from epo.config import Config, ModelConfig
 from epo.environments.base import TaskSuite
 from epo.environments.pool import EnvPool
 from epo.environments.registry import make_suite
-from epo.errors import LearnerLost, StorageError, UserError
+from epo.errors import EnvironmentFailure, LearnerLost, StorageError, UserError
 from epo.files import write_atomically
 from epo.reporting.loggers import open_loggers, require_loggers
 from epo.reporting.pages.builder import has_plotly
@@ -64,6 +64,7 @@ def prepare_suite(config: Config) -> TaskSuite:
 
     Raises:
         UserError: unknown suite or option, missing package, Java or data.
+        EnvironmentFailure: preparing it failed.
     """
     suite = make_suite(config.environment.suite, config.environment.options)
     for split in ("train", *config.evaluation.splits):
@@ -74,7 +75,12 @@ def prepare_suite(config: Config) -> TaskSuite:
             )
     # A template that cannot be read is found out before minutes of demonstrations.
     Prompt(config.agent.prompt, think=config.agent.format == "think_action", transcript=True)
-    suite.prepare()
+    try:
+        suite.prepare()
+    except EnvironmentFailure as failure:
+        raise EnvironmentFailure(
+            f"preparing suite {suite.name!r} failed: {failure}; nothing was begun: run the same command again"
+        ) from failure
     return suite
 
 
@@ -181,6 +187,8 @@ def train_run(
     Raises:
         UserError: something the user can mend.
         StorageError: the disk is full. What was written is whole, and the message says how to go on.
+        LearnerLost: more often than `cluster.max_losses`. As above.
+        EnvironmentFailure: of the suite itself, not of an episode. As above.
     """
     start_time = time.perf_counter()
     quiet_libraries()
@@ -225,7 +233,8 @@ def train_run(
             except LearnerLost as loss:
                 losses += 1
                 if losses > config.cluster.max_losses:
-                    raise
+                    limit = f"more than cluster.max_losses={config.cluster.max_losses}"
+                    raise LearnerLost(f"{loss}; losses in this session: {losses}, {limit}") from loss
                 checkpoint, start_time = newest_checkpoint(run.checkpoints, run=run.id), time.perf_counter()
                 observer.note(f"{loss}; going on from {'the start' if checkpoint is None else checkpoint.name}")
         for line in () if trainer.halt is None else trainer.halt.message(run.path):
@@ -308,18 +317,24 @@ def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list
 
 @contextmanager
 def _saying_how_to_go_on(run: RunFolder) -> Iterator[None]:
-    """Adds to the message of a full disk what is safe, and what to do once there is room."""
+    """Adds to the message of a failure what is safe and how to go on; of a full disk, once there is room."""
     try:
         yield
     except StorageError as error:
-        saved = checkpoints(run.checkpoints)
-        if not run.path.exists():
-            how = "and run the same command again; nothing was left behind"
-        elif saved:
-            how = f"and go on after step {step_of(saved[-1])} with --resume (a lower checkpoint.keep needs less)"
-        else:
-            how = "and start over with --resume; there is no checkpoint yet"
-        raise StorageError(error.errno, f"{error}, {how}") from error
+        less = " (a lower checkpoint.keep needs less)" if checkpoints(run.checkpoints) else ""
+        raise StorageError(error.errno, f"{error}, and {_how_to_go_on(run)}{less}") from error
+    except LearnerLost as error:
+        raise LearnerLost(f"{error}; {_how_to_go_on(run)}") from error
+    except EnvironmentFailure as error:
+        raise EnvironmentFailure(f"{error}; {_how_to_go_on(run)}") from error
+
+
+def _how_to_go_on(run: RunFolder) -> str:
+    if not run.path.exists():
+        return "run the same command again; nothing was left behind"
+    if saved := checkpoints(run.checkpoints):
+        return f"go on after step {step_of(saved[-1])} with --resume"
+    return "start over with --resume; there is no checkpoint yet"
 
 
 @contextmanager
