@@ -28,10 +28,17 @@ _OFFLINE = {
 }
 # The engine's core beside its front end, so that one process is all there is to hand weights to and to end.
 _IN_ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+ANSWER_SECONDS = 3600.0
+"""After which an engine that says nothing counts as stuck. A round of drawing is one message, and may honestly take
+many minutes on a slow machine; so may the start with a large model."""
 
 
 class EngineDied(RuntimeError):
     """The engine's process is gone."""
+
+
+class EngineStuck(EngineDied):
+    """The engine's process gave no answer in time, and was ended for it."""
 
 
 class EngineRefused(RuntimeError):
@@ -102,11 +109,17 @@ class Engine:
 
         Raises:
             EngineDied: before it answered.
+            EngineStuck: it gave no answer within `ANSWER_SECONDS`; its process is gone, too.
             EngineRefused: it answered with an error.
         """
+        self._socket.settimeout(ANSWER_SECONDS)
         try:
             self._socket.sendall(json.dumps({"do": do, **fields}).encode() + b"\n")
             line = self._answers.readline()
+        except TimeoutError:
+            self._process.kill()
+            self._end()
+            raise EngineStuck(f"no answer to {do!r} within {ANSWER_SECONDS:g} s, so its process was ended") from None
         except OSError:
             line = ""
         if not line:

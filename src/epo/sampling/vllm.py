@@ -23,7 +23,7 @@ from torch import Tensor
 
 from epo.config import SamplerConfig
 from epo.errors import UserError
-from epo.sampling._vllm_engine import Engine, EngineDied, EngineRefused, require_vllm
+from epo.sampling._vllm_engine import Engine, EngineDied, EngineRefused, EngineStuck, require_vllm
 from epo.sampling.base import Completion, Request, Sampler
 from epo.training.adapters import merged_tensors
 from epo.training.attention import logit_cap
@@ -189,9 +189,12 @@ class VllmSampler(Sampler):
         self.engine.close()
         self._loaded = None
         if self._restarted_at == self._policy.version:
+            mend = "where memory is short lower sampler.kv_gib or environment.workers"
+            if isinstance(death, EngineStuck):
+                mend = "where a round takes that long lower environment.workers or agent.max_response_tokens"
             raise UserError(
-                f"sampler.name='vllm': the engine died a second time with the same weights ({death}): where memory is "
-                "short lower sampler.kv_gib or environment.workers; sampler.name=local needs no engine"
+                f"sampler.name='vllm': the engine died a second time with the same weights ({death}): {mend}; "
+                "sampler.name=local needs no engine"
             )
         incident = f"the vLLM engine died ({death}); it is started again, and draws anew for the round that it had"
         logger.warning(incident)
