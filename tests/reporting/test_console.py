@@ -9,6 +9,8 @@ import os
 import random
 import re
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from terminal import Terminal, resize, run_in_terminal
 
 from epo.evaluation.panels import PanelResult
 from epo.reporting.health.alarms import ALARMS
+from epo.reporting.terminal import console as console_module
 from epo.reporting.terminal.console import ConsoleObserver
 from epo.reporting.terminal.live_table import MAX_HEIGHT, RunState, duration, sparkline
 
@@ -368,3 +371,58 @@ def test_a_note_within_a_note_is_not_lost(monkeypatch: pytest.MonkeyPatch):
 
     (shown,) = run_in_terminal(program).snapshots
     assert [line for line in shown if line][:2] == ["interrupted", "from a signal handler"]
+
+
+# ---------------------------------------------------------------- nothing happens
+
+
+def lines_of(program: Callable[[ConsoleObserver], None], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is said without a terminal, with a heartbeat of 0.2 s instead of a minute."""
+    monkeypatch.setattr(console_module, "HEARTBEAT_SECONDS", 0.2)
+    out = io.StringIO()
+    with ConsoleObserver(40, Console(file=out, width=200)) as observer:
+        program(observer)
+    assert not any(thread.name == "heartbeat" for thread in threading.enumerate())
+    return out.getvalue().splitlines()
+
+
+def test_a_stage_in_which_nothing_comes_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch):
+    def program(observer: ConsoleObserver) -> None:
+        observer.begin("step 3/40", 8)
+        time.sleep(0.7)  # as in a call that hangs
+        observer.advance(5, "success 2/5")
+        time.sleep(0.7)
+        observer.advance(8, "success 4/8")
+        time.sleep(0.7)
+
+    lines = lines_of(program, monkeypatch)
+    forms = [
+        r"step 3/40: 0 of 8, \d+s in it; 8 to go",
+        r"step 3/40: 5 of 8, success 2/5, \d+s in it; 3 to go, the last came \d+s ago",
+        r"step 3/40: 8 of 8, success 4/8, \d+s in it",
+    ]
+    for form in forms:
+        assert any(re.fullmatch(form, line) for line in lines), (form, lines)
+    assert all(any(re.fullmatch(form, line) for form in forms) for line in lines)
+    assert len(lines) <= 10
+
+
+def test_what_is_not_counted_has_no_count(monkeypatch: pytest.MonkeyPatch):
+    def program(observer: ConsoleObserver) -> None:
+        observer.begin("prepare corridor", 0)
+        time.sleep(0.5)
+
+    first, *rest = lines_of(program, monkeypatch)
+    assert first == "prepare corridor" and rest
+    assert all(re.fullmatch(r"prepare corridor, \d+s in it", line) for line in rest)
+
+
+def test_where_lines_come_there_is_no_heartbeat(monkeypatch: pytest.MonkeyPatch):
+    def program(observer: ConsoleObserver) -> None:
+        monkeypatch.setattr(console_module, "HEARTBEAT_SECONDS", 60.0)
+        for step in range(1, 6):
+            observer.begin(f"step {step}/40", 8)
+            observer.advance(8)
+            observer.step(step, metrics(step))
+
+    assert not any("in it" in line for line in lines_of(program, monkeypatch))

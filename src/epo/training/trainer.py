@@ -53,7 +53,7 @@ class Observer(Protocol):
     """Who watches a run. Calls come from the training process, in order."""
 
     def begin(self, what: str, total: int) -> None:
-        """A stage of `total` units starts, such as the episodes of a step."""
+        """A stage of `total` units starts, such as the episodes of a step; 0 where their number is not known."""
 
     def advance(self, done: int, note: str = "") -> None:
         """`done` units of the stage are finished."""

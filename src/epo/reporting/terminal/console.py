@@ -23,13 +23,15 @@ from epo.reporting.timetable import time_table
 _REFRESH_SECONDS = 0.5
 _NOTES_KEPT = 12
 """Notes that are printed again when the terminal changes its size."""
+HEARTBEAT_SECONDS = 60.0
+"""Without a terminal: after so long without a line there is one that says how far the stage is."""
 
 
 class ConsoleObserver:
     """Shows a run while it is at work, and says at the end where the time of the steps went.
 
     In a terminal, a table of the last steps is drawn in place again and again, with notes above it; elsewhere there
-    is a line per step, stage and evaluation. Never both.
+    is a line per step, stage and evaluation, and one a minute while none of them comes. Never both.
 
     Args:
         total_steps: RL steps of the run.
@@ -42,17 +44,25 @@ class ConsoleObserver:
         self._state = RunState(total=total_steps, alarm_titles=_alarm_titles())
         self._display = _LiveDisplay(self._state, console) if _can_redraw(console) else None
         self._durations: list[float] = []
-        self._last_begin = time.monotonic()
+        self._last_begin = self._last_advance = self._last_line = time.monotonic()
         self._seconds: Counter[str] = Counter()
+        self._is_over = threading.Event()
+        # By the clock and not by calls: while something hangs there are none.
+        self._heartbeat = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Self:
         if self._display is not None:
             self._display.start()
+        else:
+            self._heartbeat.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._is_over.set()
+        if self._heartbeat.is_alive():
+            self._heartbeat.join(timeout=5)
         if self._display is not None:
             self._display.stop()
             if self._state.history:
@@ -63,16 +73,17 @@ class ConsoleObserver:
                 self._line(line)
 
     def begin(self, what: str, total: int) -> None:
-        self._last_begin = time.monotonic()
+        self._last_begin = self._last_advance = time.monotonic()
         state = self._state
         state.stage, state.stage_total, state.stage_done, state.stage_note = what, total, 0, ""
         state.stage_begin = self._last_begin
         if self._display is None and not what.startswith("step "):
-            self._line(f"{what} ({total})")
+            self._line(f"{what} ({total})" if total else what)
         self._refresh()
 
     def advance(self, done: int, note: str = "") -> None:
         self._state.stage_done, self._state.stage_note = done, note
+        self._last_advance = time.monotonic()
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         # From the first episode of the step to the end of its update, without evaluations and set-up.
@@ -109,7 +120,26 @@ class ConsoleObserver:
     def note(self, text: str) -> None:
         self._line(text)
 
+    def _beat(self) -> None:
+        while not self._is_over.wait(max(0.0, self._last_line + HEARTBEAT_SECONDS - time.monotonic())):
+            if time.monotonic() - self._last_line >= HEARTBEAT_SECONDS:
+                try:
+                    self._line(self._stage_line())
+                except Exception:  # a file that cannot be written must not end the run from here
+                    return
+
+    def _stage_line(self) -> str:
+        """How far the stage is, how long it has taken, and what is awaited for how long."""
+        state, now = self._state, time.monotonic()
+        left = state.stage_total - state.stage_done
+        count = f": {state.stage_done} of {state.stage_total}" if state.stage_total else ""
+        note = f", {state.stage_note}" if state.stage_note else ""
+        last = f", the last came {duration(now - self._last_advance)} ago" if state.stage_done else ""
+        awaited = f"; {left} to go{last}" if left > 0 else ""
+        return f"{state.stage}{count}{note}, {duration(now - state.stage_begin)} in it{awaited}"
+
     def _line(self, text: str) -> None:
+        self._last_line = time.monotonic()
         shown = Text(visible(text, keep="\n"))
         if self._display is not None:
             self._display.say(shown)
