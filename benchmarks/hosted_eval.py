@@ -27,10 +27,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from epo.evaluation.panels import evaluate
 from epo.files import write_atomically
 from epo.models.catalogue import pull
 from epo.recipe import load_config
+from epo.reporting.terminal.console import ConsoleObserver
 from epo.tasks import panel
 from epo.training.policy import load_policy
 from epo.training.session import open_pool, prepare_suite, use_threads
@@ -109,7 +112,8 @@ def _compare(program: Path, recipe: str, model: str, folder: Path) -> dict[str, 
 def _play_here(recipe: str, model: str) -> tuple[dict[str, Any], list[Trajectory]]:
     config = load_config(recipe)
     use_threads(config.model)
-    policy, suite = load_policy(model, config.model), prepare_suite(config)
+    observer = ConsoleObserver(0, Console(stderr=True))
+    policy, suite = load_policy(model, config.model), prepare_suite(config, observer)
     panels: dict[str, Any] = {}
     played: list[Trajectory] = []
     with open_pool(config) as pool:

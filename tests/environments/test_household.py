@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from epo.environments import household
 from epo.environments._household_games import alfred, load_room
 from epo.environments.alfworld import HouseholdSuite
 from epo.environments.household import FOLDERS, TASK_TYPES, HouseholdOptions, ensure_games, sample_games
-from epo.errors import UserError
+from epo.errors import EnvironmentFailure, UserError
 
 SMALL = {"max_receptacles": 4, "max_copies": 1, "density": 0.2}
 COUNTS = {"train": 6, "iid": 2, "ood": 6}
@@ -152,6 +153,30 @@ def test_an_interrupted_generation_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         ensure_games(options, cache=tmp_path, progress=interrupt)
     assert list((tmp_path / "household").iterdir()) == []
+
+
+def test_an_engine_that_hangs_ends_the_generation(tmp_path, monkeypatch):
+    (tmp_path / "textworld.py").write_text(
+        f"import os, time\nopen({str(tmp_path / 'pids')!r}, 'a').write(f'{{os.getpid()}}\\n')\ntime.sleep(1000)"
+    )
+    monkeypatch.syspath_prepend(tmp_path)  # found first by the processes that make the games
+    monkeypatch.setattr(household, "GAME_SECONDS", 0.5)
+    wait, waits = household.wait_readable, []
+
+    def once_started(*arguments):
+        while not waits and not (tmp_path / "pids").is_file():
+            time.sleep(0.05)
+        waits.append(arguments)
+        return wait(*arguments)
+
+    monkeypatch.setattr(household, "wait_readable", once_started)
+    options = HouseholdOptions(counts={"train": 2, "iid": 0, "ood": 0}, **SMALL)
+    with pytest.raises(EnvironmentFailure, match=r"no household game was made for 0\.5 s, after 0 of 2"):
+        ensure_games(options, cache=tmp_path / "cache", processes=1)
+    assert list((tmp_path / "cache/household").iterdir()) == []
+    (pid,) = (tmp_path / "pids").read_text().split()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid), 0)
 
 
 def test_listing_tasks_needs_neither_the_engine_nor_the_users_home(made, cache, tmp_path):

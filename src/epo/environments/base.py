@@ -74,6 +74,9 @@ class TaskSuite(ABC):
     def prepare(self) -> None:  # noqa: B027  (most suites need nothing)
         """Do what is needed once, before workers start (generate games, check Java). Called in the main process.
 
+        What takes long may be counted: an override that has the keyword parameter `progress` is given a function to
+        call with (units done, units in all).
+
         Raises:
             UserError: something is missing; the message says how to get it.
         """

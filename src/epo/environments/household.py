@@ -26,6 +26,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from multiprocessing.connection import wait as wait_readable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ TASK_TYPES = (
 FOLDERS = {"train": "train", "iid": "valid_seen", "ood": "valid_unseen"}
 """Our split -> ALFWorld's folder."""
 DEFAULT_COUNTS = {"train": 48, "iid": 16, "ood": 16}
+GAME_SECONDS = 300.0
+"""After which no new game means that the engine hangs. A game takes seconds at most."""
 _DRAWS_PER_GAME = 400
 
 
@@ -141,7 +144,7 @@ def ensure_games(
 
     Raises:
         UserError: alfworld is missing, the options leave no room for so many games, or the cache cannot be written.
-        EnvironmentFailure: the engine failed while games were made.
+        EnvironmentFailure: the engine failed while games were made, or made none for `GAME_SECONDS`.
     """
     folder = games_folder(options, cache=cache)
     manifest = read_manifest(folder)
@@ -192,11 +195,10 @@ def _make_games(
                     subprocess.Popen(command, stdout=writing, stderr=stderr, stdin=subprocess.DEVNULL, env=env)
                 )
         os.close(writing)
-        with os.fdopen(reading, encoding="utf-8") as lines:
-            for line in lines:
-                games.append(json.loads(line))
-                if progress is not None:
-                    progress(len(games), total)
+        for line in _lines(reading):
+            games.append(json.loads(line))
+            if progress is not None:
+                progress(len(games), total)
         for worker, log in zip(workers, logs, strict=True):
             if worker.wait() == 3:
                 raise UserError(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1])
@@ -205,11 +207,17 @@ def _make_games(
                 words = log.read_text(encoding="utf-8", errors="replace").split("\n")
                 last = next((line.strip()[-300:] for line in reversed(words) if line.strip()), "it wrote nothing")
                 raise EnvironmentFailure(f"a process that makes household games {how}: {last}")
+    except TimeoutError:
+        raise EnvironmentFailure(
+            f"no household game was made for {GAME_SECONDS:g} s, after {len(games)} of {total}: the engine hangs, or "
+            f"the machine is too busy for {processes} processes more"
+        ) from None
     finally:
         for worker in workers:
             if worker.poll() is None:
                 worker.kill()
             worker.wait()
+        os.close(reading)
     for log in logs:
         log.unlink()
     games.sort(key=lambda game: (list(FOLDERS).index(game["split"]), game["number"]))
@@ -225,6 +233,23 @@ def _make_games(
         "games": entries,
     }
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def _lines(pipe: int) -> Iterator[bytes]:
+    """The lines of a pipe, until nobody writes to it any more.
+
+    Raises:
+        TimeoutError: there was none for `GAME_SECONDS`.
+    """
+    rest = b""
+    while True:
+        if not wait_readable([pipe], GAME_SECONDS):
+            raise TimeoutError
+        data = os.read(pipe, 65536)
+        if not data:
+            return
+        *whole, rest = (rest + data).split(b"\n")
+        yield from whole
 
 
 def _work(job: dict[str, Any]) -> None:

@@ -57,7 +57,7 @@ def evaluate_target(
         config, folder = load_config(recipe), target
     config = apply_overrides(config, overrides)
     use_threads(config.model)
-    policy, suite = load_policy(folder, config.model), prepare_suite(config)
+    policy, suite = load_policy(folder, config.model), prepare_suite(config, observer)
     with open_pool(config) as pool:
         return _play_panels(config, suite, pool, policy, observer)
 
@@ -66,7 +66,7 @@ def imitate_and_evaluate(config: Config, observer: Observer) -> tuple[Path, list
     """Make (or find) the warm start of `config` and play its panels; returns the model directory and the results."""
     quiet_libraries()
     use_threads(config.model)
-    suite = prepare_suite(config)
+    suite = prepare_suite(config, observer)
     with open_pool(config) as pool:
         policy = starting_policy(config, suite, pool, observer)
         assert policy.folder is not None

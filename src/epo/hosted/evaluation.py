@@ -134,7 +134,7 @@ def evaluate_hosted(
             f"agent.overflow={config.agent.overflow} counts tokens, which a server does not do before it answers: "
             "set agent.overflow=end"
         )
-    suite = prepare_suite(config)
+    suite = prepare_suite(config, observer)
     folder = _create(out or _default_folder(server.model), config, provenance(suite) | _server_of(server))
     kept: list[TrajectoryGroup] = []
     panels: list[PanelResult] = []

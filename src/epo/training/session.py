@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import platform
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -59,8 +60,8 @@ _TO_LOOK_AT = ("checkpoint", "record", "health", "logging")
 """Sections that say what is kept and shown. Like the above, they may change when a run goes on."""
 
 
-def prepare_suite(config: Config) -> TaskSuite:
-    """The suite of a configuration, with everything it needs in place.
+def prepare_suite(config: Config, observer: Observer) -> TaskSuite:
+    """The suite of a configuration, with everything it needs in place. The observer sees it as a stage.
 
     Raises:
         UserError: unknown suite or option, missing package, Java or data.
@@ -76,12 +77,30 @@ def prepare_suite(config: Config) -> TaskSuite:
     # A template that cannot be read is found out before minutes of demonstrations.
     Prompt(config.agent.prompt, think=config.agent.format == "think_action", transcript=True)
     try:
-        suite.prepare()
+        _prepare(suite, observer)
     except EnvironmentFailure as failure:
         raise EnvironmentFailure(
             f"preparing suite {suite.name!r} failed: {failure}; nothing was begun: run the same command again"
         ) from failure
     return suite
+
+
+def _prepare(suite: TaskSuite, observer: Observer) -> None:
+    stage, is_counted = f"prepare {suite.name}", False
+
+    def progress(done: int, total: int) -> None:
+        nonlocal is_counted
+        if not is_counted:
+            observer.begin(stage, total)
+        is_counted = True
+        observer.advance(done)
+
+    observer.begin(stage, 0)
+    prepare: Callable[..., None] = suite.prepare
+    if "progress" in inspect.signature(prepare).parameters:
+        prepare(progress=progress)
+    else:
+        prepare()
 
 
 def open_pool(config: Config) -> EnvPool:
@@ -196,7 +215,7 @@ def train_run(
     if config.sampler.name == "vllm":  # a missing package is found out before the warm start
         require_vllm()
     require_loggers(config.logging)
-    suite = prepare_suite(config)
+    suite = prepare_suite(config, observer)
     if resume:
         run, checkpoint = _reopen(path, config)
     else:
