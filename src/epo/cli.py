@@ -98,7 +98,7 @@ def train(
     config = load_config(recipe, overrides or ())
     path = runs / folder_name(name, default=config.name)
     if dry_run:
-        _print_config(config, as_json=as_json)
+        _print_config(config, as_json=as_json, plays_here=cluster is None)
         return
     from epo.reporting.terminal.console import ConsoleObserver
     from epo.training.session import train_run
@@ -459,11 +459,18 @@ def smoothing(
     stdout.print(f"plot: {plot}", soft_wrap=True, highlight=False)
 
 
-def _print_config(config: Config, *, as_json: bool) -> None:
+def _print_config(config: Config, *, as_json: bool, plays_here: bool = True) -> None:
+    from epo.environments.worker_memory import memory_problem, worker_megabytes
+
     if as_json:
         _print_json(config.model_dump(mode="json"))
     else:
         sys.stdout.write(config.to_yaml())
+    # The configuration may be meant for another machine, so this is no error.
+    environment = config.environment
+    worker_mb = worker_megabytes(environment.suite, environment.options) if plays_here else None
+    if worker_mb and (problem := memory_problem(environment.suite, worker_mb, workers=environment.workers)):
+        stderr.print(visible(f"would be refused here: {problem}"), markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_json(value: Any) -> None:

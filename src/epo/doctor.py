@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from epo.environments._jvm import find_java
+from epo.environments.worker_memory import usable_memory
 from epo.files import cache_dir
 from epo.models.catalogue import SMOLLM2
 
@@ -88,7 +89,7 @@ def _cores() -> Check:
 
 
 def _memory() -> Check:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    total = usable_memory() / 2**30
     return Check(
         name="memory",
         ok=total >= MIN_MEMORY_GB,

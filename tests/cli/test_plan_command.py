@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -30,6 +31,20 @@ def test_what_cannot_fit_is_refused_in_one_line(epo: Epo) -> None:
     assert not json.loads(refused.out)["fits"]
     assert refused.err.count("\n") == 1
     assert "GiB missing" in refused.err
+
+
+def test_environments_share_the_memory_of_a_cpu(epo: Epo) -> None:
+    workers = "environment.workers=512"
+    refused = epo("plan", "minute.yaml", workers, "--hardware", "cpu:2x4G")
+    assert refused.code == 2 and "512 environment workers" in refused.out
+    assert "largest part: environment workers, 5.0 GiB" in refused.err
+    advice = re.search(r"fits with (environment\.workers=\d+)", refused.err)
+    assert advice is not None
+    assert epo("plan", "minute.yaml", advice[1], "--hardware", "cpu:2x4G").code == 0
+    beside_gpus = json.loads(epo("plan", "minute.yaml", workers, "--hardware", "L4", "--json").out)
+    assert beside_gpus["fits"] and beside_gpus["environments_gib"] == 5.0
+    unknown = epo("plan", "minute.yaml", "environment.suite=mcp", "environment.options={}", "--hardware", "L4")
+    assert unknown.code == 0 and "workers of suite mcp" in unknown.out
 
 
 @pytest.mark.parametrize(

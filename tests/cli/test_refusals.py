@@ -14,6 +14,7 @@ import pytest
 import yaml
 from test_commands import one_line_error
 
+from epo.environments import worker_memory
 from epo.training.run_folder import RunFolder
 
 Epo = Callable[..., Any]
@@ -66,6 +67,28 @@ def test_bad_arguments(arguments: list[str], expected: list[str], epo: Epo):
     message = refuse(epo, *arguments)
     for part in expected:
         assert part in message
+
+
+def test_more_workers_than_the_memory_holds(epo: Epo, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(worker_memory, "usable_memory", lambda: 4 * 2**30)
+    too_many = ["minute.yaml", "environment.workers=512"]
+    message = refuse(epo, *too_many)
+    for part in (
+        "environment.workers=512",
+        "'corridor'",
+        "about 10 MiB",
+        "5.0 GiB",
+        "there are 4.0 GiB here",
+        "409 or fewer",
+    ):
+        assert part in message
+    for command in ("train", "imitate"):  # the recipe may be meant for another machine
+        shown = epo(command, *too_many, "--dry-run", "--json")
+        assert shown.code == 0 and json.loads(shown.out)["environment"]["workers"] == 512
+        assert shown.err.startswith("would be refused here: environment.workers=512") and shown.err.count("\n") == 1
+    for fitting in (["environment.workers=409"], ["environment.workers=512", "--cluster", "local"]):
+        shown = epo("train", "minute.yaml", *fitting, "--dry-run")
+        assert shown.code == 0 and shown.err == ""
 
 
 def test_no_java(epo: Epo, monkeypatch: pytest.MonkeyPatch):

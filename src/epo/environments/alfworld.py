@@ -34,6 +34,8 @@ GENERATED_NOTE = (
     "Generated household games on ALFWorld's engine, not the published ALFWorld splits: "
     "success rates do not compare with those of papers."
 )
+WORKER_MB = 70
+"""`TaskSuite.worker_mb`, before games are remembered (docs/environments-alfworld.md)."""
 _GOAL_MARK = "Your task is to:"
 _BANNER = "-= Welcome to TextWorld, ALFRED! =-"
 _NOTHING = "Nothing happens."
@@ -147,6 +149,7 @@ class HouseholdSuite(TaskSuite):
     """
 
     name = "household"
+    worker_mb = WORKER_MB
 
     def __init__(
         self,
@@ -215,6 +218,7 @@ class AlfworldSuite(TaskSuite):
     """
 
     name = "alfworld"
+    worker_mb = WORKER_MB
 
     def __init__(self, *, data: str | None = None, task_types: list[str] | None = None) -> None:
         self._root = _published_games(data)

@@ -58,6 +58,9 @@ class TaskSuite(ABC):
     splits: tuple[str, ...] = ("train", "iid", "ood")
     library: tuple[str, str] | None = None
     """A module that must be installed and is imported late, and the extra of this package that brings it."""
+    worker_mb: int = 10
+    """MiB that a worker takes at least once it plays, with what it starts; more workers than the memory holds are
+    refused. By default that of a Python process which has loaded nothing large."""
 
     @abstractmethod
     def tasks(self, split: str) -> Sequence[Task]:

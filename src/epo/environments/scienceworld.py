@@ -97,6 +97,7 @@ class ScienceWorldSuite(TaskSuite):
         if read_timeout_seconds <= 0:
             raise UserError(f"read_timeout_seconds={read_timeout_seconds}: must be positive; 60 is the default")
         self.max_variations = max_variations
+        self.worker_mb = jvm_memory_mb + 60  # measured: docs/reliability.md
         self._java = java
         self._env_options: dict[str, Any] = {
             "simplification": simplification,

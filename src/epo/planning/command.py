@@ -56,6 +56,7 @@ def plan_command(
     Nothing is loaded or downloaded: a model counts by its config.json or its name. Exit code 2 if it does not fit.
     The formulas, and how far they were from what was measured, are in docs/plan.md.
     """
+    from epo.environments.worker_memory import worker_megabytes
     from epo.planning.hardware import parse_hardware
     from epo.planning.plan import Answers, make_plan, refusal
     from epo.recipe import load_config
@@ -75,6 +76,7 @@ def plan_command(
         prompt=prompt_tokens,
         utilisation=utilisation,
         environment_seconds=environment_seconds,
+        worker_mb=worker_megabytes(config.environment.suite, config.environment.options),
     )
     plan = make_plan(config, parse_hardware(hardware), of=answers)
     if as_json:
@@ -98,6 +100,10 @@ def _print_plan(plan: Plan, price: float | None) -> None:
             table.add_row(name, f"{size / gib:.3f}", when)
     table.add_section()
     table.add_row("peak", f"{plan.peak / gib:.3f}", f"of {plan.usable / gib:.1f} usable")
+    is_counted = plan.answers.worker_mb is not None
+    if is_counted:
+        where = "on top" if plan.hardware.accelerator.is_cpu else "the host's memory"
+        table.add_row(f"{plan.config.environment.workers} environment workers", f"{plan.environments / gib:.3f}", where)
     stdout.print(table)
     table = _table("assumed", "value", "why")
     for name, found in work.assumptions.items():
@@ -120,7 +126,8 @@ def _print_plan(plan: Plan, price: float | None) -> None:
             figures = (_seconds(row["step_seconds"]), f"{row['hours']:.2f}", f"{row['node_hours']:.1f}")
             curve.add_row(str(row["nodes"]), "yes" if row["fits"] else "no", *figures, *cost, row["limit"])
         stdout.print(curve)
-    stdout.print("Not counted: warm start, evaluations, checkpoints.", highlight=False)
+    suite = "" if is_counted else f", workers of suite {plan.config.environment.suite} (it cannot be built here)"
+    stdout.print(f"Not counted: warm start, evaluations, checkpoints{escape(suite)}.", highlight=False)
 
 
 def _seconds(value: float) -> str:

@@ -7,6 +7,7 @@ import os
 import re
 from dataclasses import dataclass, replace
 
+from epo.environments.worker_memory import usable_memory
 from epo.errors import UserError
 
 GIB = 2**30
@@ -93,8 +94,7 @@ def parse_hardware(text: str) -> Hardware:
     """
     given = text.strip()
     if given.lower() == "cpu":
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-        return _cpu(os.cpu_count() or 1, round(memory, 1))
+        return _cpu(os.cpu_count() or 1, round(usable_memory() / GIB, 1))
     if match := re.fullmatch(r"cpu:(\d+)x(\d+(?:\.\d+)?)G(?:iB)?", given, re.IGNORECASE):
         cores, memory = int(match[1]), float(match[2])
         if cores < 1 or memory <= 0:

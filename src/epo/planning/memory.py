@@ -20,7 +20,7 @@ TILE_TOKENS, TILE_VOCABULARY = 1024, 2048
 RESERVE = 0.1
 """Share of a GPU's memory left to its driver, kernels and fragmentation."""
 CPU_RESERVE = 0.5 * 2**30
-"""Of a CPU: Python and the libraries. Environments are processes of their own and come on top."""
+"""Of a CPU: Python and the libraries. Environments are processes of their own (`Plan.environments`)."""
 HEAP = 0.75
 """What glibc's heap holds beyond the living activations, in multiples of them, with its default settings: amid what was
 seen, 0.3 to 1.3 (docs/plan.md). None of it on a GPU."""

@@ -26,6 +26,8 @@ class Answers:
     prompt: float | None = None
     utilisation: float | None = None
     environment_seconds: float | None = None
+    worker_mb: float | None = None
+    """MiB of an environment worker (`TaskSuite.worker_mb`). Without it none is counted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,14 +50,26 @@ class Plan:
         return total(self.always) + max(total(self.rollout), total(self.update))
 
     @property
+    def environments(self) -> float:
+        """Bytes of all environment workers, in the memory of the machine."""
+        return self.config.environment.workers * (self.answers.worker_mb or 0.0) * 2**20
+
+    @property
+    def needed(self) -> float:
+        """Bytes: the peak, and on a CPU, whose memory they share, the environments."""
+        return self.peak + (self.environments if self.hardware.accelerator.is_cpu else 0.0)
+
+    @property
     def fits(self) -> bool:
-        return self.peak <= self.usable
+        return self.needed <= self.usable
 
     @property
     def largest(self) -> tuple[str, float]:
         """The part that takes most at the peak, without those that only follow from another."""
         phase = self.update if total(self.update) >= total(self.rollout) else self.rollout
         parts = {name: size for name, size in (self.always | phase).items() if name != "kept by the heap"}
+        if self.hardware.accelerator.is_cpu:
+            parts["environment workers"] = self.environments
         return max(parts.items(), key=lambda part: part[1])
 
     @property
@@ -86,6 +100,7 @@ class Plan:
             "fits": self.fits,
             "peak_gib": self.peak / GIB,
             "usable_gib": self.usable / GIB,
+            "environments_gib": self.environments / GIB,
             "memory_gib": {
                 phase: {name: size / GIB for name, size in parts.items()}
                 for phase, parts in (("always", self.always), ("rollout", self.rollout), ("update", self.update))
@@ -140,6 +155,10 @@ def what_would_fit(plan: Plan) -> list[str]:
         changes.append({"optimizer.microbatch_tokens": smaller})
     if model.lora.rank == 0:
         changes.append({"model.lora.rank": 16})
+    workers = plan.config.environment.workers
+    while plan.hardware.accelerator.is_cpu and plan.environments and workers > 1:
+        workers //= 2
+        changes.append({"environment.workers": workers})
     found = [change for change in changes if _changed(plan, change).fits]
     if not found:
         pairs = [one | two for i, one in enumerate(changes) for two in changes[i + 1 :] if one.keys() != two.keys()]
@@ -162,11 +181,11 @@ def what_would_fit(plan: Plan) -> list[str]:
 def refusal(plan: Plan) -> str:
     """One line: which part, how much is missing, what would fit."""
     name, size = plan.largest
-    missing = (plan.peak - plan.usable) / GIB
+    missing = (plan.needed - plan.usable) / GIB
     options = what_would_fit(plan)
     mend = f"fits with {'; or '.join(options)}" if options else "nothing that was tried fits: take larger devices"
     return (
-        f"{plan.config.name} does not fit {plan.hardware}: {plan.peak / GIB:.1f} GiB a device of "
+        f"{plan.config.name} does not fit {plan.hardware}: {plan.needed / GIB:.1f} GiB a device of "
         f"{plan.usable / GIB:.1f} usable, {missing:.1f} GiB missing; largest part: {name}, {size / GIB:.1f} GiB; {mend}"
     )
 

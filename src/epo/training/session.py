@@ -24,6 +24,7 @@ from epo.config import Config, ModelConfig
 from epo.environments.base import TaskSuite
 from epo.environments.pool import EnvPool
 from epo.environments.registry import make_suite
+from epo.environments.worker_memory import memory_problem
 from epo.errors import EnvironmentFailure, LearnerLost, StorageError, UserError
 from epo.files import write_atomically
 from epo.reporting.loggers import open_loggers, require_loggers
@@ -60,11 +61,14 @@ _TO_LOOK_AT = ("checkpoint", "record", "health", "logging")
 """Sections that say what is kept and shown. Like the above, they may change when a run goes on."""
 
 
-def prepare_suite(config: Config, observer: Observer) -> TaskSuite:
+def prepare_suite(config: Config, observer: Observer, *, plays_here: bool = True) -> TaskSuite:
     """The suite of a configuration, with everything it needs in place. The observer sees it as a stage.
 
+    Args:
+        plays_here: `environment.workers` of them will be at work on this machine, and have to fit into its memory.
+
     Raises:
-        UserError: unknown suite or option, missing package, Java or data.
+        UserError: unknown suite or option, missing package, Java or data, too many workers.
         EnvironmentFailure: preparing it failed.
     """
     suite = make_suite(config.environment.suite, config.environment.options)
@@ -74,6 +78,9 @@ def prepare_suite(config: Config, observer: Observer) -> TaskSuite:
                 f"evaluation.splits names {split!r}, which suite {suite.name!r} does not have: choose from "
                 + ", ".join(suite.splits)
             )
+    workers = config.environment.workers
+    if plays_here and (problem := memory_problem(suite.name, suite.worker_mb, workers=workers)):
+        raise UserError(problem)
     # A template that cannot be read is found out before minutes of demonstrations.
     Prompt(config.agent.prompt, think=config.agent.format == "think_action", transcript=True)
     try:
@@ -215,7 +222,7 @@ def train_run(
     if config.sampler.name == "vllm":  # a missing package is found out before the warm start
         require_vllm()
     require_loggers(config.logging)
-    suite = prepare_suite(config, observer)
+    suite = prepare_suite(config, observer, plays_here=cluster is None)
     if resume:
         run, checkpoint = _reopen(path, config)
     else:
