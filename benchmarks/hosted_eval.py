@@ -36,7 +36,8 @@ from epo.recipe import load_config
 from epo.reporting.terminal.console import ConsoleObserver
 from epo.tasks import panel
 from epo.training.policy import load_policy
-from epo.training.session import open_pool, prepare_suite, use_threads
+from epo.training.preparation import prepare_suite
+from epo.training.session import open_pool, use_threads
 from epo.training.trainer import make_collector, make_sampler
 from epo.types import Trajectory
 

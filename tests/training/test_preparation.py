@@ -11,7 +11,7 @@ from quiet import QuietObserver
 from epo.config import Config
 from epo.environments.corridor import CorridorSuite
 from epo.errors import EnvironmentFailure
-from epo.training import session
+from epo.training import preparation
 
 
 class Watching(QuietObserver):
@@ -57,8 +57,8 @@ def prepare(minute_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatc
 
     def run(kind: type[CorridorSuite]) -> Any:
         config, observer = minute_config(), Watching()
-        monkeypatch.setattr(session, "make_suite", lambda _, options: kind(**options))
-        return session.prepare_suite(config, observer), observer.seen
+        monkeypatch.setattr(preparation, "make_suite", lambda _, options: kind(**options))
+        return preparation.prepare_suite(config, observer), observer.seen
 
     return run
 

@@ -16,8 +16,9 @@ from epo.tasks import panel
 from epo.training.checkpoint import choose_checkpoint, refuse_damaged_source
 from epo.training.model_directory import quiet_libraries
 from epo.training.policy import Policy, load_policy
+from epo.training.preparation import prepare_suite
 from epo.training.run_folder import RunFolder
-from epo.training.session import open_pool, prepare_suite, starting_policy, use_threads
+from epo.training.session import open_pool, starting_policy, use_threads
 from epo.training.trainer import Observer, count_episodes, make_collector, make_sampler
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import platform
@@ -10,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,12 +18,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from epo.agent.prompts import Prompt
 from epo.config import Config, ModelConfig
 from epo.environments.base import TaskSuite
 from epo.environments.pool import EnvPool
-from epo.environments.registry import make_suite
-from epo.environments.worker_memory import memory_problem
 from epo.errors import EnvironmentFailure, LearnerLost, StorageError, UserError
 from epo.files import write_atomically
 from epo.reporting.loggers import open_loggers, require_loggers
@@ -46,6 +42,7 @@ from epo.training.imitation import warm_started_policy
 from epo.training.learner import Learner
 from epo.training.model_directory import quiet_libraries
 from epo.training.policy import Policy, load_policy, resumed_policy
+from epo.training.preparation import prepare_suite
 from epo.training.run_folder import RunFolder
 from epo.training.trainer import Observer, StepLearner, Trainer, control_of, make_collector, make_sampler
 
@@ -59,55 +56,6 @@ _OF_THE_MACHINE = (
 """How many workers play and what an engine is granted: the machine's business, not the experiment's."""
 _TO_LOOK_AT = ("checkpoint", "record", "health", "logging")
 """Sections that say what is kept and shown. Like the above, they may change when a run goes on."""
-
-
-def prepare_suite(config: Config, observer: Observer, *, plays_here: bool = True) -> TaskSuite:
-    """The suite of a configuration, with everything it needs in place. The observer sees it as a stage.
-
-    Args:
-        plays_here: `environment.workers` of them will be at work on this machine, and have to fit into its memory.
-
-    Raises:
-        UserError: unknown suite or option, missing package, Java or data, too many workers.
-        EnvironmentFailure: preparing it failed.
-    """
-    suite = make_suite(config.environment.suite, config.environment.options)
-    for split in ("train", *config.evaluation.splits):
-        if split not in suite.splits:
-            raise UserError(
-                f"evaluation.splits names {split!r}, which suite {suite.name!r} does not have: choose from "
-                + ", ".join(suite.splits)
-            )
-    workers = config.environment.workers
-    if plays_here and (problem := memory_problem(suite.name, suite.worker_mb, workers=workers)):
-        raise UserError(problem)
-    # A template that cannot be read is found out before minutes of demonstrations.
-    Prompt(config.agent.prompt, think=config.agent.format == "think_action", transcript=True)
-    try:
-        _prepare(suite, observer)
-    except EnvironmentFailure as failure:
-        raise EnvironmentFailure(
-            f"preparing suite {suite.name!r} failed: {failure}; nothing was begun: run the same command again"
-        ) from failure
-    return suite
-
-
-def _prepare(suite: TaskSuite, observer: Observer) -> None:
-    stage, is_counted = f"prepare {suite.name}", False
-
-    def progress(done: int, total: int) -> None:
-        nonlocal is_counted
-        if not is_counted:
-            observer.begin(stage, total)
-        is_counted = True
-        observer.advance(done)
-
-    observer.begin(stage, 0)
-    prepare: Callable[..., None] = suite.prepare
-    if "progress" in inspect.signature(prepare).parameters:
-        prepare(progress=progress)
-    else:
-        prepare()
 
 
 def open_pool(config: Config) -> EnvPool:
