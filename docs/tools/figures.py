@@ -1,11 +1,14 @@
-"""Draws the figures of docs/concepts.md and docs/method.md: `python docs/tools/figures.py`.
+"""Draws the figures of docs/concepts.md, docs/method.md and docs/findings.md: `python docs/tools/figures.py`.
 
-Curves of runs come from `benchmarks/results`, formulas from `epo.objectives`; nothing is drawn by eye but the schemes.
+Curves of runs come from `benchmarks/results`, formulas from `epo.objectives`, ratios from the tables of
+docs/findings.md; nothing is drawn by eye but the schemes.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +17,7 @@ from epo.objectives import EntropyHistory, phase_weight
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = ROOT / "docs" / "images"
+FINDINGS = ROOT / "docs" / "findings.md"
 COLLAPSED = ROOT / "benchmarks" / "results" / "cascade" / "none--seed3" / "metrics.jsonl"
 
 INK, MUTED, LINE, PAPER = "#1f2933", "#5f6b7a", "#c8cfd8", "#ffffff"
@@ -33,6 +37,7 @@ def drawings() -> dict[str, str]:
         "phase-weight.svg": phase(),
         "trajectory.svg": trajectory(),
         "contexts.svg": contexts(),
+        "findings.svg": findings(),
     }
 
 
@@ -280,6 +285,72 @@ def contexts() -> str:
         drawing.text(left + 24, 283, words)
     drawing.text(20, 313, "o: observation, a: response", colour=MUTED, size=12)
     return drawing.svg()
+
+
+SECTIONS = {
+    "PPO on ScienceWorld at a learning rate somewhat too high": ("PPO, ScienceWorld, learning rate 1e-3", 1.5),
+    "GRPO on household games at the recipe's learning rate": ("GRPO, household games, learning rate 5e-4", 1.2),
+    "EPO's settings, one at a time": ("there, EPO's settings one at a time", 1.2),
+    "An equally small search for every method": ("there, what an equally small search chose", 1.2),
+}
+"""Sections of docs/findings.md that are drawn: what they are called in the figure, and the aim for success."""
+_RATIO = re.compile(r"(\d+\.\d\d) \((\d+\.\d\d) to (\d+\.\d\d)\)")
+
+
+def findings() -> str:
+    """Success and oscillation of every arm over its baseline's, with intervals, as the tables of the page have them."""
+    groups = _ratios()
+    rows = sum(len(arms) + 1 for arms in groups.values())
+    drawing = Drawing(760, 80 + 18 * rows, "Success and oscillation of entropy of every arm over those of its baseline")
+    panels = ((250.0, "success over the baseline's"), (520.0, "oscillation over the baseline's"))
+    width, (low, high), top = 210.0, (0.25, 2.5), 52.0
+    bottom = top + 18 * rows
+
+    def across(left: float, ratio: float) -> float:
+        place = math.log(min(max(ratio, low), high) / low) / math.log(high / low)
+        return left + place * width
+
+    for left, name in panels:
+        drawing.text(left, 26, name)
+        for tick in (0.25, 0.5, 1.0, 2.0):
+            drawing.line([(across(left, tick), top - 8), (across(left, tick), bottom)])
+            drawing.text(across(left, tick), bottom + 18, f"{tick:g}", colour=MUTED, size=12, anchor="middle")
+        drawing.line([(across(left, 1), top - 8), (across(left, 1), bottom)], colour=INK, width=1.2)
+    drawing.text(20, bottom + 18, "dashed: the aims", colour=ORANGE, size=12)
+    y = top + 6
+    for section, arms in groups.items():
+        title, aim = SECTIONS[section]
+        for (left, _), ratio in zip(panels, (aim, 0.5), strict=True):
+            ends = [(across(left, ratio), y - 9), (across(left, ratio), y + 9 + 18 * len(arms))]
+            drawing.line(ends, colour=ORANGE, width=1.2, dash="4 3")
+        drawing.text(20, y + 4, title, size=12)
+        y += 18
+        for arm, ratios in arms.items():
+            drawing.text(240, y + 4, arm, colour=MUTED, size=12, anchor="end")
+            for (left, _), (mean, begin, end) in zip(panels, ratios, strict=True):
+                colour = BLUE if begin < 1 < end else GREEN if (mean > 1) == (left == panels[0][0]) else ORANGE
+                drawing.line([(across(left, begin), y), (across(left, end), y)], colour=colour, width=2)
+                drawing.box(across(left, mean) - 3.5, y - 3.5, 7, 7, fill=colour)
+            y += 18
+    return drawing.svg()
+
+
+def _ratios() -> dict[str, dict[str, list[tuple[float, float, float]]]]:
+    """Section -> arm -> its two ratios with their intervals: success, then oscillation."""
+    found: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
+    section = ""
+    for line in FINDINGS.read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            section = line.removeprefix("## ")
+        cells = [cell.strip() for cell in line.split("|")]
+        if section not in SECTIONS or not line.startswith("| `") or len(cells) < 6:
+            continue
+        of_success = len(cells) > 11
+        if ratio := _RATIO.fullmatch(cells[5 if of_success else 4]):
+            arm = cells[1].split("`")[1]
+            mean, low, high = (float(number) for number in ratio.groups())
+            found.setdefault(section, {}).setdefault(arm, []).append((mean, low, high))
+    return {section: {arm: two for arm, two in arms.items() if len(two) == 2} for section, arms in found.items()}
 
 
 if __name__ == "__main__":
