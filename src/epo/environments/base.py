@@ -85,5 +85,9 @@ class TaskSuite(ABC):
         """
 
     def provenance(self) -> dict[str, Any]:
-        """Versions and data hashes that decide what an episode looks like."""
+        """Versions and data hashes that decide what an episode looks like: plain data.
+
+        A run does not resume where they differ from what it recorded. Left out of that are the keys `note` (words for
+        people), `url` and `java` (what the suite runs on), and keys that only one of the two has.
+        """
         return {}

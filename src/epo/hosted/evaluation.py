@@ -22,8 +22,9 @@ from epo.hosted.collector import HostedCollector
 from epo.recipe import load_config
 from epo.tasks import panel
 from epo.training.preparation import prepare_suite
+from epo.training.provenance import provenance
 from epo.training.run_folder import RunFolder
-from epo.training.session import open_pool, provenance
+from epo.training.session import open_pool
 from epo.training.trainer import Observer, count_episodes
 from epo.types import Trajectory, TrajectoryGroup
 

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
@@ -20,6 +15,7 @@ import torch
 
 from epo.config import Config, ModelConfig
 from epo.environments.base import TaskSuite
+from epo.environments.identity import changed_facts, describe_suite_record
 from epo.environments.pool import EnvPool
 from epo.errors import EnvironmentFailure, LearnerLost, StorageError, UserError
 from epo.files import write_atomically
@@ -43,6 +39,7 @@ from epo.training.learner import Learner
 from epo.training.model_directory import quiet_libraries
 from epo.training.policy import Policy, load_policy, resumed_policy
 from epo.training.preparation import prepare_suite
+from epo.training.provenance import provenance
 from epo.training.run_folder import RunFolder
 from epo.training.trainer import Observer, StepLearner, Trainer, control_of, make_collector, make_sampler
 
@@ -171,10 +168,12 @@ def train_run(
         require_vllm()
     require_loggers(config.logging)
     suite = prepare_suite(config, observer, plays_here=cluster is None)
+    facts = provenance(suite)
     if resume:
-        run, checkpoint = _reopen(path, config)
+        run, checkpoint = _reopen(path, config, facts["suite"])
     else:
-        run, checkpoint = RunFolder.create(path, config, provenance(suite)), None
+        run, checkpoint = RunFolder.create(path, config, facts), None
+    observer.note(f"environment: {describe_suite_record(facts['suite'])}")
     with (
         _saying_how_to_go_on(run),
         run.locked(),
@@ -231,31 +230,13 @@ def _policies(
     return resumed_policy(checkpoint / "policy", config.model, start=start)
 
 
-def provenance(suite: TaskSuite) -> dict[str, Any]:
-    """What decides the outcome besides the configuration: versions, commit, data, machine."""
-    packages: dict[str, str | None] = {}
-    for name in ("epo-agents", "torch", "transformers", "tokenizers", "safetensors", "peft", "numpy"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = None
-    return {
-        "packages": packages,
-        "python": platform.python_version(),
-        "commit": _commit(),
-        "suite": {"name": suite.name, **suite.provenance()},
-        "machine": {"system": platform.platform(), "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()},
-        "command": ["epo" if Path(sys.argv[0]).name == "__main__.py" else Path(sys.argv[0]).name, *sys.argv[1:]],
-    }
-
-
 def use_threads(config: ModelConfig) -> None:
     """Set the CPU threads of this process's tensor computations, for good."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
 
 
-def _reopen(path: Path, config: Config) -> tuple[RunFolder, Path | None]:
+def _reopen(path: Path, config: Config, suite: Mapping[str, Any]) -> tuple[RunFolder, Path | None]:
     run = RunFolder.open(path)
     before, now = run.config().model_dump(mode="json"), config.model_dump(mode="json")
     for section, key in _OF_THE_MACHINE:
@@ -270,6 +251,12 @@ def _reopen(path: Path, config: Config) -> tuple[RunFolder, Path | None]:
         raise UserError(
             f"--resume goes on with the configuration the run was started with, but {', '.join(different)} differ: "
             f"leave out these overrides, or give {str(path / 'config.yaml')!r} as the recipe, or start a new run with "
+            "another --name"
+        )
+    if changed := changed_facts(run.provenance().get("suite"), suite):
+        raise UserError(
+            f"--resume goes on in the environment the run was started in, but of suite {suite['name']!r} differ "
+            f"{', '.join(changed)}: install that version (or put that data) in place again, or start a new run with "
             "another --name"
         )
     newest = newest_checkpoint(run.checkpoints, run=run.id)
@@ -384,12 +371,3 @@ def _best_summary(run: RunFolder, evaluations: list[dict[str, Any]]) -> dict[str
     step, success = best
     path = next((path for path in checkpoints(run.checkpoints) if step_of(path) == step), None)
     return {"step": step, "success": success, "checkpoint": None if path is None else str(path)}
-
-
-def _commit() -> str | None:
-    folder = Path(__file__).resolve().parent
-    try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None if found.returncode == 0 else None
