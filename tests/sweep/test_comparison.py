@@ -21,6 +21,7 @@ class Run:
     steps: list[int] = field(default_factory=list[int])
     metrics: dict[str, list[float | None]] = field(default_factory=dict[str, "list[float | None]"])
     evaluations: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    provenance: dict[str, Any] | None = None
 
     @property
     def seed(self) -> int:
@@ -131,6 +132,23 @@ def test_nothing_is_divided_that_was_not_measured_alike(other: str) -> None:
 def test_what_does_not_change_the_experiment_makes_no_arm() -> None:
     runs = [make_run(seed=0), make_run("environment.workers=3", "model.threads=1", "name=other", seed=1)]
     assert [arm["seeds"] for arm in compare(runs).page()["arms"]] == [[0, 1]]
+
+
+def test_runs_of_other_environments_are_noted() -> None:
+    def recorded(version: str | None, *overrides: str, seed: int) -> Run:
+        run = make_run("environment.suite=scienceworld", *overrides, seed=seed, name=f"run{seed}")
+        if version is not None:
+            run.provenance = {"suite": {"name": "scienceworld", "scienceworld": version, "java": f"{seed}"}}
+        return run
+
+    alike = [recorded("1.2.2", seed=0), recorded("1.2.2", seed=1), recorded(None, seed=2)]
+    assert compare(alike).page()["notes"] == []
+    # Other options are other tasks, and known to be.
+    others = "environment.options={simplification: none}"
+    notes = compare([*alike, recorded("1.2.3", others, seed=3)]).page()["notes"]
+    assert not [note for note in notes if "the same environment" in note]
+    (note,) = compare([*alike, recorded("1.2.3", seed=3)]).page()["notes"]
+    assert 'suite scienceworld: scienceworld ("1.2.2" in run0, run1, "1.2.3" in run3)' in note and "java" not in note
 
 
 def test_arms_that_do_the_same_otherwise_are_told_apart() -> None:

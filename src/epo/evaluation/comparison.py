@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epo.config import Config
+from epo.environments.identity import differing_facts
 from epo.errors import UserError
 from epo.evaluation.figures import paper_figures
 from epo.evaluation.statistics import (
@@ -55,6 +56,8 @@ class ComparedRun(Protocol):
     def name(self) -> str: ...
     @property
     def config(self) -> Mapping[str, Any]: ...
+    @property
+    def provenance(self) -> Mapping[str, Any] | None: ...
     @property
     def seed(self) -> int | None: ...
     @property
@@ -256,8 +259,21 @@ def compare(runs: Sequence[ComparedRun], *, window: float = 0.2) -> Comparison:
     if len({tuple(seeds) for seeds in scored.values()}) > 1:
         named = "; ".join(f"{name}: {', '.join(map(str, seeds))}" for name, seeds in scored.items())
         notes.append(f"the arms' seeds differ, and seeds differ in their warm start: {named}")
+    notes += _environment_notes(runs)
     baseline = next((arm for arm in arms if arm.method == "none"), arms[0])
     return Comparison(runs=runs, arms=arms, baseline=baseline.name, window=window, notes=notes)
+
+
+def _environment_notes(runs: Sequence[ComparedRun]) -> list[str]:
+    """A note for each task set on whose environment the runs' records disagree."""
+    records: dict[str, list[tuple[str, object]]] = {}
+    for run in runs:
+        records.setdefault(_task_set(run.config), []).append((run.name, (run.provenance or {}).get("suite")))
+    return [
+        f"the runs did not have the same environment, suite {json.loads(task_set)[0]}: {'; '.join(facts)}"
+        for task_set, recorded in records.items()
+        if (facts := differing_facts(recorded))
+    ]
 
 
 def success_by_step(run: ComparedRun, split: str) -> dict[int, float]:

@@ -180,7 +180,7 @@ def _print_comparison(comparison: Comparison) -> None:
         )
     stdout.print(budget)
     for note in page["notes"]:
-        stdout.print(escape(note), highlight=False, soft_wrap=True)
+        stdout.print(escape(visible(note)), highlight=False, soft_wrap=True)
 
 
 def _table(*columns: str) -> Table:
