@@ -171,7 +171,11 @@ def evaluate_command(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Play the fixed panels with a trained policy and print success with its 95 % interval."""
+    """Play the fixed panels with a trained policy and print success with its 95 % interval.
+
+    With `--json`, `provenance` is beside the splits: model and checkpoint, the resolved configuration, the commit, and
+    versions and data hashes of packages and suite; of a server's model it is in the folder.
+    """
     from epo.reporting.terminal.console import ConsoleObserver
 
     extra = list(overrides or ())
@@ -192,11 +196,12 @@ def evaluate_command(
     from epo.evaluation.session import evaluate_target
 
     with ConsoleObserver(0, stderr) as observer:
-        results = evaluate_target(
+        results, facts = evaluate_target(
             Path(target), recipe=recipe, overrides=extra, observer=observer, checkpoint=checkpoint
         )
     if as_json:
-        _print_json({result.split: result.as_dict() for result in results})
+        found: dict[str, Any] = {result.split: result.as_dict() for result in results}
+        _print_json(found | {"provenance": facts})
         return
     _print_panels(results)
 

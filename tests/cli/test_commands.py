@@ -55,7 +55,14 @@ def test_train_then_eval(epo: Epo):
 
     again = epo("eval", "runs/minute", "--json")
     assert again.code == 0, again.err
-    panel = json.loads(again.out)["iid"]
+    panel, facts = json.loads(again.out)["iid"], json.loads(again.out)["provenance"]
+    assert facts["checkpoint"] == {"run": "runs/minute", "step": 2}
+    assert facts["model"] == "runs/minute/checkpoints/step_000002/policy"
+    assert facts["config"] == yaml.safe_load(Path("runs/minute/config.yaml").read_text())
+    recorded = json.loads(Path("runs/minute/provenance.json").read_text())
+    for key in ("commit", "suite", "packages"):
+        assert facts[key] == recorded[key]
+    assert "environment: corridor" in trained.err and "environment: corridor" in again.err
     final = summary["eval"]["iid"]["final"]
     assert {key: panel[key] for key in final} == final  # the same panel, the same numbers
 
@@ -65,6 +72,8 @@ def test_train_then_eval(epo: Epo):
     folder = "runs/minute/checkpoints/step_000002/policy"
     as_model = epo("eval", folder, "--recipe", "minute.yaml", "--json")
     assert json.loads(as_model.out)["iid"] == panel
+    facts = json.loads(as_model.out)["provenance"]
+    assert (facts["model"], facts["checkpoint"]) == (folder, None)
     assert "--recipe" in one_line_error(epo("eval", folder))
     assert "not a run folder" in one_line_error(epo("eval", "nowhere"))
 

@@ -96,7 +96,7 @@ def test_a_run_is_evaluated_and_its_adapter_trained_on(
     config = minute_config(*LORA, "steps=2", f"model.path={model_folder}")
     run = tmp_path / "run"
     train_run(config, run, QuietObserver(), resume=False)
-    (result,) = evaluate_target(run, recipe=None, overrides=[], observer=QuietObserver())
+    (result,), _ = evaluate_target(run, recipe=None, overrides=[], observer=QuietObserver())
     final = json.loads((run / "eval.jsonl").read_text().splitlines()[-1])["panels"][0]
     assert result.as_dict() == final
     # The adapter is a place to start from, too; what is trained then still names the whole model.

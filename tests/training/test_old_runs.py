@@ -41,7 +41,7 @@ def test_an_old_run_goes_on_and_is_of_the_new_format_from_there(old: Path):
     assert metrics_of(old)[:2] == before and [line["step"] for line in metrics_of(old)] == [1, 2, 3, 4]
     formats = {path.name: read_state(path)["format"] for path in sorted((old / "checkpoints").iterdir())}
     assert formats["step_000002"] == 1 and formats["step_000004"] == FORMAT == 2
-    results = evaluate_target(old, recipe=None, overrides=[], observer=QuietObserver(), checkpoint="2")
+    results, _ = evaluate_target(old, recipe=None, overrides=[], observer=QuietObserver(), checkpoint="2")
     assert [result.split for result in results] == ["iid"]
 
 

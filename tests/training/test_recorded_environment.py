@@ -55,4 +55,4 @@ def test_another_environment_is_refused_on_resume(
     recorded = RunFolder.open(run).provenance()
     del recorded["suite"]
     (run / "provenance.json").write_text(json.dumps(recorded))
-    assert train_run(config, run, QuietObserver(), resume=True)["finished"]
+    assert train_run(config, run, QuietObserver(), resume=True)["suite"] is None

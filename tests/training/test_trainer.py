@@ -184,6 +184,7 @@ def test_the_run_folder_is_complete(minute_config: MakeConfig, tmp_path: Path):
         assert sum(r["success"] for r in records) / 4 == metrics[step - 1]["success/train"]
     provenance = json.loads((run / "provenance.json").read_text())
     assert provenance["packages"]["torch"] and provenance["suite"]["name"] == "corridor"
+    assert (summary["commit"], summary["suite"]) == (provenance["commit"], provenance["suite"])
     load_policy(run / "checkpoints" / "step_000002" / "policy", config.model)
 
 

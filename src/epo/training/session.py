@@ -329,10 +329,12 @@ def _stop_after_step(trainer: Trainer, observer: Observer) -> Iterator[None]:
 
 
 def _finish(run: RunFolder, config: Config, trainer: Trainer, observer: Observer, *, finished: bool) -> dict[str, Any]:
-    evaluations, metrics = run.evaluations(), run.metrics()
+    evaluations, metrics, recorded = run.evaluations(), run.metrics(), run.provenance()
     summary: dict[str, Any] = {
         "recipe": config.name,
         "seed": config.seed,
+        "commit": recorded.get("commit"),
+        "suite": recorded.get("suite"),
         "finished": finished,
         "halted": None if trainer.halt is None else trainer.halt.as_dict(),
         "steps": trainer.state.step,
