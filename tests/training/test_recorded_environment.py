@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from quiet import QuietObserver
 
 from epo.config import Config
 from epo.environments.corridor import CorridorSuite
 from epo.errors import UserError
+from epo.training import hardware
+from epo.training.hardware import memory_note
 from epo.training.run_folder import RunFolder
 from epo.training.session import train_run
 
@@ -56,3 +59,25 @@ def test_another_environment_is_refused_on_resume(
     del recorded["suite"]
     (run / "provenance.json").write_text(json.dumps(recorded))
     assert train_run(config, run, QuietObserver(), resume=True)["suite"] is None
+
+
+def test_the_memory_of_a_run_is_estimated_before_its_first_step(minute_config: MakeConfig, tmp_path: Path):
+    observer = QuietObserver()
+    train_run(minute_config("steps=0"), tmp_path / "run", observer, resume=False)
+    (note,) = [note for note in observer.notes if note.startswith("memory: ")]
+    assert "estimated peak of 0." in note and "GiB" in note and "usable here" in note
+
+
+def test_an_estimate_of_memory_never_ends_a_run(minute_config: MakeConfig, monkeypatch: pytest.MonkeyPatch):
+    cpu = torch.device("cpu")
+    large = minute_config("model.path=Qwen2.5-7B", "model.compute=float32", "imitation.demonstrations=0")
+    monkeypatch.setattr(hardware, "parse_hardware", lambda text: hardware.gpu_here("a GPU", 2))
+    assert "more than the 1.8 usable here; epo plan says what would fit" in memory_note(large, cpu)
+    unknown = minute_config("model.path=nowhere/unknown", "imitation.demonstrations=0")
+    assert memory_note(unknown, cpu) == "memory: no estimate; epo plan says why"
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(hardware, "make_plan", fail)
+    assert memory_note(large, cpu) == "memory: no estimate; epo plan says why"

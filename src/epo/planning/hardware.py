@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 from dataclasses import dataclass, replace
@@ -114,6 +115,12 @@ def parse_hardware(text: str) -> Hardware:
             f"{', '.join(ACCELERATORS)}, cpu:CORESxMEMORYG"
         )
     return Hardware(accelerator=ACCELERATORS[name], per_node=per_node, nodes=nodes)
+
+
+def gpu_here(name: str, memory_gib: float) -> Hardware:
+    """One GPU as its driver describes it. Its rates are not known: in a plan on it every time is NaN."""
+    gpu = _gpu(name, memory_gib, bfloat16=math.nan, float32=math.nan, bandwidth=math.nan)
+    return Hardware(accelerator=gpu, per_node=1)
 
 
 def _cpu(cores: int, memory_gib: float) -> Hardware:

@@ -1,4 +1,4 @@
-"""What the machine offers a model: device, precision of matrix products, attention kernels."""
+"""What the machine offers a model: device, precision of matrix products, attention kernels, memory."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import importlib.util
 
 import torch
 
-from epo.config import ModelConfig
+from epo.config import Config, ModelConfig
 from epo.errors import UserError
+from epo.planning.hardware import gpu_here, parse_hardware
+from epo.planning.plan import GIB, Plan, make_plan
 
 
 def resolve_device(name: str) -> torch.device:
@@ -60,6 +62,29 @@ def resolve_attention(config: ModelConfig, device: torch.device) -> str:
         if not is_16_bit:
             raise UserError(f"{what} computes in 16 bits only: set model.compute=bfloat16, or model.attention=sdpa")
     return config.attention
+
+
+def memory_note(config: Config, device: torch.device) -> str:
+    """One line for people: what a plan estimates training to hold at its peak on `device`. Never fails."""
+    try:
+        plan = _plan_here(config, device)
+    except Exception:  # a model that plans do not know; whatever it is, an estimate ends no run
+        return "memory: no estimate; epo plan says why"
+    peak, usable = f"{plan.peak / GIB:.1f} GiB", f"{plan.usable / GIB:.1f}"
+    if not plan.fits:
+        return f"memory: an estimated peak of {peak}, more than the {usable} usable here; epo plan says what would fit"
+    return f"memory: an estimated peak of {peak} in training, of {usable} usable here (epo plan has its parts)"
+
+
+def _plan_here(config: Config, device: torch.device) -> Plan:
+    here = parse_hardware("cpu")
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        here = gpu_here(found.name, found.total_memory / GIB)
+    # Where `auto` leaves it open, a plan assumes; here it is known.
+    compute = str(resolve_compute(config.model, device)).removeprefix("torch.")
+    model = config.model.model_copy(update={"compute": compute})
+    return make_plan(config.model_copy(update={"model": model}), here)
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:

@@ -34,6 +34,7 @@ from epo.training.checkpoint import (
     step_of,
 )
 from epo.training.demonstrations import collect_demonstrations
+from epo.training.hardware import memory_note
 from epo.training.imitation import warm_started_policy
 from epo.training.learner import Learner
 from epo.training.model_directory import quiet_libraries
@@ -187,6 +188,8 @@ def train_run(
         while True:
             policy, start = _policies(config, checkpoint, suite, pool, observer)
             observer.note(f"model: {policy.describe()}")
+            if cluster is None:  # a plan is of one process that does it all
+                observer.note(memory_note(config, policy.device))
             run.add_vocabulary(policy.chat.pieces())
             try:
                 with place.parts(policy, start, run) as parts:
