@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -488,6 +488,17 @@ def _print_panels(results: Sequence[PanelResult]) -> None:
         numbers = (f"{r.success:.3f}", f"{r.low:.3f} to {r.high:.3f}", str(r.episodes), f"{r.score:.2f}")
         table.add_row(escape(visible(r.split)), *numbers, f"{r.turns:.1f}", f"{r.invalid:.1%}")
     stdout.print(table)
+    _print_lost((r.split, r.errors, r.episodes) for r in results)
+
+
+def _print_lost(panels: Iterable[tuple[str, int, int]]) -> None:
+    """A line on the panels, given by name, that lost episodes: how many, of how many."""
+    if lost := [f"{name} {errors} of {episodes}" for name, errors, episodes in panels if errors]:
+        line = (
+            f"lost: {', '.join(lost)} episodes. Errors of the environment, or of the server that answers for the "
+            "model, ended them; they count as failures, though the policy may not have failed"
+        )
+        stdout.print(visible(line), soft_wrap=True, highlight=False, markup=False)
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
@@ -495,14 +506,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
     if halted := summary["halted"]:
         state = f"halted by {', '.join(halted['alarms'])}; --resume health.halt=[] goes on all the same"
     stdout.print(f"\n{summary['recipe']}, seed {summary['seed']}: {summary['steps']} steps, {state}", highlight=False)
-    table = Table(
-        "panel",
-        "before RL",
-        "95 % interval",
-        "at the end" if summary["finished"] else "last",
-        "95 % interval",
-        "episodes",
-    )
+    end = "at the end" if summary["finished"] else "last"
+    table = Table("panel", "before RL", "95 % interval", end, "95 % interval", "episodes")
     for split, panel in summary["eval"].items():
         first, last = panel["initial"], panel["final"]
         table.add_row(
@@ -514,6 +519,11 @@ def _print_summary(summary: dict[str, Any]) -> None:
             str(last["episodes"]),
         )
     stdout.print(table)
+    _print_lost(
+        (f"{split} {when}", panel[name].get("errors", 0), panel[name]["episodes"])
+        for split, panel in summary["eval"].items()
+        for name, when in (("initial", "before RL"), ("final", end))
+    )
     if (best := summary["best"]) and best["checkpoint"]:
         where = f"step {best['step']}, success {best['success']:.3f} over its panels ({best['checkpoint']})"
         stdout.print(f"best: {where}", soft_wrap=True, highlight=False)

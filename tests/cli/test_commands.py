@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ import pytest
 import yaml
 
 from epo.environments import make_suite
+from epo.evaluation import panels
 from epo.recipe import load_config, recipe_names
+from epo.training.run_folder import RunFolder
+from epo.types import Trajectory
 
 Epo = Callable[..., Any]
 
@@ -84,6 +88,39 @@ def test_train_prints_a_summary(epo: Epo):
     for expected in ("2 steps, finished", "iid", "report: runs/shown/report.html"):
         assert expected in trained.out
     assert Path("runs/shown/report.html").is_file()
+
+
+def test_panels_say_what_they_lost_to_the_environment(epo: Epo, monkeypatch: pytest.MonkeyPatch):
+    """A broken environment is no bad policy: who reads the numbers reads how many episodes it took."""
+    clean = epo("train", "minute.yaml", "--name", "clean")
+    assert clean.code == 0 and "lost:" not in clean.out
+
+    played = panels.summarise
+
+    def losing_two(split: str, trajectories: Sequence[Trajectory]) -> panels.PanelResult:
+        return dataclasses.replace(played(split, trajectories), errors=2)
+
+    monkeypatch.setattr(panels, "summarise", losing_two)
+    trained = epo("train", "minute.yaml", "--name", "lossy")
+    assert trained.code == 0, trained.err
+    assert "lost: iid before RL 2 of 4, iid at the end 2 of 4 episodes. Errors of the environment" in trained.out
+    panel = json.loads(Path("runs/lossy/summary.json").read_text())["eval"]["iid"]
+    assert panel["initial"]["errors"] == panel["final"]["errors"] == 2
+    shown = epo("eval", "runs/lossy", "--split", "iid", "--split", "ood")
+    assert "lost: iid 2 of 4, ood 2 of 4 episodes. Errors of the environment" in shown.out
+
+    # A run of an older version did not count them.
+    counted = RunFolder.evaluations
+
+    def without_errors(run: RunFolder) -> list[dict[str, Any]]:
+        entries = counted(run)
+        for panel in (panel for entry in entries for panel in entry["panels"]):
+            del panel["errors"]
+        return entries
+
+    monkeypatch.setattr(RunFolder, "evaluations", without_errors)
+    again = epo("train", "minute.yaml", "--name", "lossy", "--resume")
+    assert again.code == 0 and "2 steps, finished" in again.out and "lost:" not in again.out
 
 
 def test_imitate(epo: Epo):

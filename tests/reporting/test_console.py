@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import logging
 import math
@@ -24,7 +25,7 @@ from epo.evaluation.panels import PanelResult
 from epo.reporting.health.alarms import ALARMS
 from epo.reporting.terminal import console as console_module
 from epo.reporting.terminal.console import ConsoleObserver
-from epo.reporting.terminal.live_table import MAX_HEIGHT, RunState, duration, sparkline
+from epo.reporting.terminal.live_table import MAX_HEIGHT, RunState, duration, evaluation_lines, sparkline
 
 PANEL = {"score": 0.5, "turns": 5.0, "invalid": 0.0, "errors": 0, "by_goal": {}}
 RESULTS = [
@@ -265,6 +266,12 @@ def test_a_frame_fits_every_size(seed: int):
             assert 1 <= len(lines) <= min(MAX_HEIGHT, height - 1), (width, height, lines)
             assert all(len(line.rstrip()) < width for line in lines), (width, height, lines)
             assert state.stage[:6] in lines[-1]
+
+
+def test_episodes_that_a_panel_lost_are_shown():
+    state = RunState(total=10, evaluation=(5, [RESULTS[0], dataclasses.replace(RESULTS[1], errors=7)]))
+    iid, ood = (line.plain for line in evaluation_lines(state, width=100))
+    assert "lost" not in iid and "128 episodes, 7 lost" in ood
 
 
 def test_characters_for_terminals_that_know_only_ascii():

@@ -169,9 +169,9 @@ def test_the_run_folder_is_complete(minute_config: MakeConfig, tmp_path: Path):
     assert set(summary["eval"]) == {"iid", "ood"}
     for panel in summary["eval"].values():
         for when in ("initial", "final"):
-            assert set(panel[when]) == {"success", "low", "high", "episodes"}
+            assert set(panel[when]) == {"success", "low", "high", "episodes", "errors"}
             assert 0 <= panel[when]["low"] <= panel[when]["success"] <= panel[when]["high"] <= 1
-            assert panel[when]["episodes"] == 3
+            assert (panel[when]["episodes"], panel[when]["errors"]) == (3, 0)
     assert Path(summary["plot"]).read_text().count("<svg") == 1
     assert "name: minute" in Path(summary["report"]).read_text()
     metrics, evaluations = lines_of(run / "metrics.jsonl"), lines_of(run / "eval.jsonl")

@@ -363,8 +363,8 @@ def _panel_summary(evaluations: list[dict[str, Any]]) -> dict[str, dict[str, Any
     summary: dict[str, dict[str, Any]] = {}
     for name, entry in (("initial", evaluations[0]), ("final", evaluations[-1])) if evaluations else ():
         for panel in entry["panels"]:
-            keys = ("success", "low", "high", "episodes")
-            summary.setdefault(panel["split"], {})[name] = {key: panel[key] for key in keys}
+            keys = ("success", "low", "high", "episodes", "errors")  # runs of older versions have no errors
+            summary.setdefault(panel["split"], {})[name] = {key: panel[key] for key in keys if key in panel}
     return summary
 
 

@@ -120,7 +120,10 @@ def evaluation_lines(state: RunState, *, width: int) -> list[Text]:
     for result in results[:_SPLITS_SHOWN]:
         text = Text(f"{visible(result.split)} {result.success:.3f} ", no_wrap=True, overflow="ellipsis")
         text.append(f"[{result.low:.3f}, {result.high:.3f}]")
-        text.append(f"  {result.episodes} episodes  after step {step}", "dim")
+        text.append(f"  {result.episodes} episodes", "dim")
+        if result.errors:
+            text.append(f", {result.errors} lost", "bold red")
+        text.append(f"  after step {step}", "dim")
         text.truncate(width, overflow="ellipsis")
         lines.append(text)
     return lines
