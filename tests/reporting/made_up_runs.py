@@ -92,6 +92,7 @@ def run(
         line["value/returns_std"] = float(won.std())
         line["sampler/mismatch_kl"] = 1e-13 * math.exp(rng.normal())
         line["update/skipped"] = 0.0
+        line["stop/environment_error"] = 0.0
         entropies.append(line["entropy/mean"])
         changes = np.diff(entropies[-11:])
         line["entropy/oscillation"] = float(changes.std()) if len(changes) >= 2 else 0.0

@@ -30,6 +30,7 @@ NAMES = [
         "sampler_mismatch",
         "equal_groups",
         "dead_critic",
+        "environment_errors",
     ),
 ]
 HERE = Path(__file__).parent
@@ -102,6 +103,7 @@ BAD: dict[str, tuple[int, Callable[[int, dict[str, float]], Mapping[str, float]]
     "sampler_mismatch": (0, lambda i, m: {"sampler/mismatch_kl": 0.05}),
     "equal_groups": (5, lambda i, m: {"groups/all_equal": 0.95, "success/train": 0.5}),
     "dead_critic": (10, lambda i, m: {"value/explained_variance": -0.001}),
+    "environment_errors": (0, lambda i, m: {"stop/environment_error": 0.125}),
 }
 
 
@@ -196,7 +198,21 @@ def test_a_step_that_the_environments_lost_is_no_change_of_the_policy():
     outage = rollout_metrics([TrajectoryGroup(task=task, trajectories=[lost] * 4)])
     history = run(seed=0)
     history[START : START + 6] = [outage] * 6
-    assert not any(verdict.active for verdict in judge(history))
+    assert {name for verdict in judge(history) for name in verdict.active} == {"environment_errors"}
+
+
+def test_an_outage_is_an_alarm_from_its_first_step_on():
+    """No earlier steps are needed, and a few lost episodes are none."""
+    history = [{"stop/environment_error": share} for share in (1.0, 0.1, 0.0, 0.05, 0.11)]
+    assert [verdict.began for verdict in judge(history)] == [
+        ("environment_errors",),
+        (),
+        (),
+        (),
+        ("environment_errors",),
+    ]
+    strict = judge(history, HealthConfig(environment_errors=0.0))
+    assert [bool(verdict.active) for verdict in strict] == [True] * 5
 
 
 def test_nothing_is_judged_that_is_not_there():
@@ -232,6 +248,7 @@ MILDER = {
     "sampler_mismatch": 1.0,
     "equal_groups": 0.99,
     "dead_critic": -1.0,
+    "environment_errors": 0.9,
 }
 
 

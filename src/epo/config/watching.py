@@ -72,6 +72,8 @@ class HealthConfig(Section):
     """`groups/all_equal` above this share."""
     dead_critic: float = Field(default=0.01, lt=1)
     """`value/explained_variance` below this in every one of the last `window` steps."""
+    environment_errors: float = Field(default=0.1, ge=0, lt=1)
+    """`stop/environment_error` above this share of the step's episodes."""
 
     @field_validator("halt")
     @classmethod

@@ -205,6 +205,19 @@ _ALARMS = (
         "(grpo, rloo)",
         needs=("value/explained_variance", "value/returns_std"),
     ),
+    Alarm(
+        name="environment_errors",
+        title="Episodes lost to the environment",
+        definition="More than 10 % of the step's episodes were lost to errors of the environment: its worker died, "
+        "hung or answered nonsense, and starting it again did not help.",
+        threshold="share 0.1",
+        source=f"no publication: lost episodes are not trained on and count as failures in success/train; {OURS}",
+        advice="read what a lost episode says under error (epo show RUN) and the workers' last words in the log. Raise "
+        "environment.timeout_seconds where calls hang, lower environment.workers or set environment.worker_memory_mb "
+        "where memory runs out, start the server again that the suite talks to, and try the suite by itself (epo env "
+        "check)",
+        needs=("stop/environment_error",),
+    ),
 )
 ALARMS: dict[str, Alarm] = {alarm.name: alarm for alarm in _ALARMS}
 """By name, which is also the key of the threshold in `health` of a recipe."""

@@ -234,6 +234,11 @@ def equal_groups(series: Series, config: HealthConfig) -> Reading | None:
     return None if now is None else above("groups/all_equal", now, config.equal_groups, unless=series.is_solved)
 
 
+def environment_errors(series: Series, config: HealthConfig) -> Reading | None:
+    now = series.last("stop/environment_error")
+    return None if now is None else above("stop/environment_error", now, config.environment_errors)
+
+
 def dead_critic(series: Series, config: HealthConfig) -> Reading | None:
     explained, spread = series.all("value/explained_variance"), series.all("value/returns_std")
     known = np.isfinite(explained)
