@@ -303,7 +303,10 @@ def json_lines(file: Path) -> list[dict[str, Any]]:
 
 def timeless(run: Path) -> list[dict[str, Any]]:
     lines = json_lines(run / "metrics.jsonl")
-    return [{k: v for k, v in x.items() if not k.startswith("time/") and k != "tokens/per_second"} for x in lines]
+    return [
+        {k: v for k, v in x.items() if not k.startswith(("time/", "memory/", "workers/")) and k != "tokens/per_second"}
+        for x in lines
+    ]
 
 
 def main() -> None:

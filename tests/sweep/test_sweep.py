@@ -34,7 +34,11 @@ def steps(run: str) -> list[int]:
 def outcome(run: str, folder: Path) -> list[dict[str, Any]]:
     """Everything measured, without what the machine decides."""
     return [
-        {k: v for k, v in line.items() if not k.startswith("time/") and k != "tokens/per_second"}
+        {
+            k: v
+            for k, v in line.items()
+            if not k.startswith(("time/", "memory/", "workers/")) and k != "tokens/per_second"
+        }
         for name in ("metrics.jsonl", "eval.jsonl")
         for line in lines(folder / run / name)
     ]

@@ -38,13 +38,13 @@ VARIANTS = [
 ]
 
 
-def is_timing(name: str) -> bool:
-    return name.startswith("time/") or name == "tokens/per_second"
+def is_of_the_machine(name: str) -> bool:
+    return name.startswith(("time/", "memory/", "workers/")) or name == "tokens/per_second"
 
 
 def metrics_of(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not is_timing(k)} for line in lines]
+    return [{k: v for k, v in line.items() if not is_of_the_machine(k)} for line in lines]
 
 
 def files_of(folder: Path, pattern: str) -> dict[str, bytes]:

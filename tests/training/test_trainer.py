@@ -108,6 +108,9 @@ def test_a_killed_worker_costs_a_restart_and_nothing_else(minute_config: MakeCon
         found[kills] = lines_of(run / "metrics.jsonl"), lines_of(run / "trajectories" / "step_000001.jsonl")
     restarts = [line["episodes/restarts"] for line in found[2][0]]
     assert sum(restarts) == 2 and restarts[0] >= 1
+    assert [line["workers/died"] for line in found[2][0]] == restarts
+    assert [line["workers/died"] for line in found[0][0]] == [0, 0]
+    assert all(line["memory/learner_mb"] > 100 and line["memory/workers_mb"] > 10 for line in found[0][0])
     assert all(line["stop/environment_error"] == 0 for line in found[2][0])
     assert [line["episodes/restarts"] for line in found[0][0]] == [0, 0]
     for one, other in zip(found[0][1], found[2][1], strict=True):

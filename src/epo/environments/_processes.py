@@ -33,6 +33,14 @@ def process_table() -> list[ProcessInfo]:
     return table
 
 
+def resident_bytes() -> int | None:
+    """Memory that this process holds; None where there is no /proc."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None
+
+
 def family(leader: int, table: list[ProcessInfo]) -> list[ProcessInfo]:
     """The processes of the leader's session, and what descends from them in sessions of its own: servers of the Model
     Context Protocol are started so."""

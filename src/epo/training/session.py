@@ -37,6 +37,7 @@ from epo.training.demonstrations import collect_demonstrations
 from epo.training.hardware import memory_note
 from epo.training.imitation import warm_started_policy
 from epo.training.learner import Learner
+from epo.training.machine import MachineWatch
 from epo.training.model_directory import quiet_libraries
 from epo.training.policy import Policy, load_policy, resumed_policy
 from epo.training.preparation import prepare_suite
@@ -96,6 +97,8 @@ class Parts(NamedTuple):
     collector: TrainingCollector
     sampler: str
     """One line for people: what draws."""
+    watch: MachineWatch | None = None
+    """What looks at the machine, where environments are played beside the learner."""
 
 
 class Place(Protocol):
@@ -114,7 +117,7 @@ class ThisProcess:
     """The learner and the sampler here, the environments in processes beside them."""
 
     def __init__(self, config: Config, pool: EnvPool) -> None:
-        self._config, self._pool = config, pool
+        self._config, self._pool, self._watch = config, pool, MachineWatch(pool)
 
     def provenance(self) -> dict[str, Any]:
         return {}
@@ -124,7 +127,8 @@ class ThisProcess:
         del run
         learner = Learner(policy, self._config, control_of(self._config), start_policy=start)
         with closing(make_sampler(self._config, policy, max_episodes=self._pool.size)) as sampler:
-            yield Parts(learner, make_collector(self._config, self._pool, policy, sampler), sampler.describe())
+            collector = make_collector(self._config, self._pool, policy, sampler)
+            yield Parts(learner, collector, sampler.describe(), watch=self._watch)
 
 
 @contextmanager
@@ -196,7 +200,7 @@ def train_run(
                     observer.note(f"sampler: {parts.sampler}")
                     trainer = Trainer(
                         config, suite, run, observer, learner=parts.learner, collector=parts.collector,
-                        resume_from=checkpoint,
+                        resume_from=checkpoint, watch=parts.watch,
                     )  # fmt: skip
                     if resume or losses:
                         run.rewind(trainer.state.step, evaluations=trainer.state.evaluations)

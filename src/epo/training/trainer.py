@@ -33,6 +33,7 @@ from epo.seeds import TRAINING_STREAM
 from epo.tasks import Curriculum, panel
 from epo.training.checkpoint import best_evaluation, checkpoints, load_checkpoint, save_checkpoint, step_of
 from epo.training.halting import Halt
+from epo.training.machine import MachineWatch
 from epo.training.policy import Policy
 from epo.training.run_folder import RunFolder
 from epo.training.skipped import SkippedBatch, save_skipped
@@ -108,6 +109,7 @@ class Trainer:
     Args:
         collector: plays with the learner's weights of the moment.
         resume_from: a checkpoint of the same configuration, from which the learner's policy was loaded.
+        watch: adds what it sees of the machine to every step's metrics; nothing by default.
     """
 
     def __init__(
@@ -120,12 +122,14 @@ class Trainer:
         learner: StepLearner,
         collector: TrainingCollector,
         resume_from: Path | None = None,
+        watch: MachineWatch | None = None,
     ) -> None:
         self.config = config
         self.run = run
         self.observer = observer
         self.learner = learner
         self.collector = collector
+        self.watch = watch
         self.curriculum = Curriculum(suite.tasks("train"), seed=config.seed, balance=config.rollout.balance)
         self.panels = {
             split: panel(suite.tasks(split), episodes=config.evaluation.episodes, split=split)
@@ -232,6 +236,8 @@ class Trainer:
             sampling_seconds=timing.sampling,
         )
         metrics |= {"tokens/sampled": float(tokens), "tokens/per_second": tokens / step_seconds}
+        if self.watch is not None:
+            metrics |= self.watch.metrics()
         verdict = self.health.observe(metrics)
         metrics |= verdict.metrics()
         kept = save_skipped(

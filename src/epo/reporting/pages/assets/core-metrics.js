@@ -211,6 +211,28 @@
     "tokens/processed": ["Tokens processed", "count", "Tokens run through the learner per pass, prompts included."],
     "tokens/per_second": ["Tokens per second", "count", "Sampled tokens per second of the whole step."],
     rows: ["Packed rows", "count", "Training rows of the step."],
+    "memory/learner_mb": ["Memory of the learner, MB", "", "Resident memory of the process that trains."],
+    "memory/workers_mb": [
+      "Memory of the workers, MB",
+      "",
+      "Resident memory of all environment workers together, with what they started, such as a JVM.",
+    ],
+    "workers/died": ["Workers that died", "count", "Environment workers replaced since the step before: they had died."],
+    "workers/hung": [
+      "Workers that hung",
+      "count",
+      "Environment workers replaced since the step before: they gave no answer in time.",
+    ],
+    "workers/failed": [
+      "Workers that failed",
+      "count",
+      "Environment workers replaced since the step before: their environment raised an error.",
+    ],
+    "workers/grown": [
+      "Workers that grew",
+      "count",
+      "Environment workers replaced since the step before, between episodes: they held too much memory.",
+    ],
     "time/step": ["Time per step", "s", "Seconds of the whole step."],
     "time/environment": ["Environments", "s", "Seconds spent waiting for environments."],
     "time/prefill": ["Reading prompts", "s", "Seconds in which the sampler read prompts."],
