@@ -68,6 +68,13 @@ def drawn_near(policy: Policy, found: list[TrajectoryGroup], *, noise: float) ->
             turn.entropy = entropy.numpy().astype(np.float32)
 
 
+def quantile(values: list[float], share: float) -> float:
+    """By hand: the sorted values, and a straight line between neighbours."""
+    ordered, place = sorted(values), share * (len(values) - 1)
+    below = int(place)
+    return ordered[below] + (place - below) * (ordered[min(below + 1, len(values) - 1)] - ordered[below])
+
+
 def gradients(policy: Policy) -> list[Tensor]:
     return [p.grad.clone() for p in policy.parameters() if p.grad is not None]
 
@@ -108,6 +115,8 @@ def test_equal_numerics_need_no_correction(make_sharp_policy: MakePolicy, minute
     assert corrected["sampler/importance_mean"] == pytest.approx(1.0, abs=1e-5)
     assert corrected["sampler/importance_truncated"] == 0
     assert corrected["sampler/mismatch_max"] < 1e-4 and corrected["sampler/mismatch_kl"] < 1e-8
+    assert 1 - 1e-4 < corrected["sampler/ratio_p01"] <= corrected["sampler/ratio_p99"] < 1 + 1e-4
+    assert corrected["sampler/ratio_outside"] == 0
     assert corrected["policy/loss"] == pytest.approx(plain["policy/loss"], abs=1e-5)
     for a, b in zip(plain_gradient, gradient, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
@@ -161,6 +170,11 @@ def test_loss_with_shifted_sampler_is_that_of_a_loop(
     logs = np.log(ratios)
     assert metrics["sampler/mismatch_kl"] == pytest.approx(np.mean(np.exp(logs) - 1 - logs), rel=1e-3)
     assert metrics["sampler/mismatch_max"] == pytest.approx(np.abs(logs).max(), rel=1e-3)
+    assert metrics["sampler/ratio_p01"] == pytest.approx(quantile(ratios, 0.01), rel=1e-4)
+    assert metrics["sampler/ratio_p99"] == pytest.approx(quantile(ratios, 0.99), rel=1e-4)
+    assert metrics["sampler/ratio_p99"] > 1.5, "it is that before truncation"
+    outside = sum(not 0.9 <= ratio <= 1.1 for ratio in ratios) / len(ratios)
+    assert metrics["sampler/ratio_outside"] == pytest.approx(outside, abs=1e-6) and 0.5 < outside < 1
     expected = [p.grad for p in plain.parameters() if p.grad is not None]
     assert max(float(g.abs().max()) for g in expected) > 1e-3
     for found_gradient, gradient in zip(gradients(policy), expected, strict=True):
@@ -176,6 +190,7 @@ def test_sampler_variant_ignores_the_cap_and_says_the_mismatch(
     metrics = learner_for(policy, minute_config).update(found, step=0)
     assert 0.2 < metrics["sampler/mismatch_max"] <= 0.3 + 1e-4
     assert 0 < metrics["sampler/mismatch_kl"] < 0.1
+    assert 0.7 < metrics["sampler/ratio_p01"] < 0.85 and 1.2 < metrics["sampler/ratio_p99"] < 1.4
     assert not any(name.startswith("sampler/importance") for name in metrics)
 
 

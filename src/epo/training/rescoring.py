@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,9 @@ from epo.training.batch import flatten
 from epo.training.passes import Passes
 from epo.training.policy import Policy
 from epo.types import Trajectory, TrajectoryGroup, Turn
+
+RATIO_BAND = 0.1
+"""How far from 1 a token's ratio may be before `sampler/ratio_outside` counts it."""
 
 
 def rescored(groups: Sequence[TrajectoryGroup], policy: Policy, passes: Passes) -> list[TrajectoryGroup]:
@@ -61,13 +65,21 @@ def truncated_importance_weights(learner_logprobs_N: Tensor, sampler_logprobs_N:
 
 
 def mismatch_metrics(learner_logprobs_N: Tensor, sampler_logprobs_N: Tensor) -> dict[str, float]:
-    """How far apart the two are on drawn tokens, with equal weights; nothing for no tokens."""
+    """How far apart the two are on drawn tokens, with equal weights; nothing for no tokens. The ratio is
+    pi_learner / pi_sampler, before any truncation."""
     if learner_logprobs_N.numel() == 0:
         return {}
     kl_N = kl_penalty(sampler_logprobs_N, learner_logprobs_N, kind="k3")
+    difference_N = (learner_logprobs_N - sampler_logprobs_N).detach()
+    ratio_N = difference_N.double().exp().cpu().numpy()  # torch.quantile takes no more than 2^24 numbers
+    low, high = np.quantile(ratio_N, (0.01, 0.99))
+    is_outside_N = (ratio_N < 1 - RATIO_BAND) | (ratio_N > 1 + RATIO_BAND)
     return {
         "sampler/mismatch_kl": kl_N.mean().item(),
-        "sampler/mismatch_max": (learner_logprobs_N - sampler_logprobs_N).abs().max().item(),
+        "sampler/mismatch_max": difference_N.abs().max().item(),
+        "sampler/ratio_p01": float(low),
+        "sampler/ratio_p99": float(high),
+        "sampler/ratio_outside": float(is_outside_N.mean()),
     }
 
 

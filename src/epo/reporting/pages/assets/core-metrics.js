@@ -183,6 +183,21 @@
       "nats",
       "Largest difference in log-probability between sampler and learner on one token.",
     ],
+    "sampler/ratio_p01": [
+      "Ratio of learner to sampler, 1st percentile",
+      "",
+      "One token of a hundred is less probable by the learner than by the sampler by this factor or a smaller one.",
+    ],
+    "sampler/ratio_p99": [
+      "Ratio of learner to sampler, 99th percentile",
+      "",
+      "One token of a hundred is more probable by the learner than by the sampler by this factor or a larger one.",
+    ],
+    "sampler/ratio_outside": [
+      "Ratios outside of 0.9 to 1.1",
+      "share",
+      "Share of tokens whose probability by the learner is more than a tenth off the sampler's.",
+    ],
     "sampler/importance_mean": [
       "Mean importance weight",
       "",
