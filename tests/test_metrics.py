@@ -11,7 +11,7 @@ import pytest
 
 from epo.reporting.metrics import entropy_oscillation, repetition, reward_std, rollout_metrics
 from epo.training.learner import learning_rate_factor
-from epo.types import StopReason, Task, Trajectory, TrajectoryGroup, Turn
+from epo.types import ResponseParts, StopReason, Task, Trajectory, TrajectoryGroup, Turn
 
 TASK = Task(suite="made-up", id="a", split="train")
 
@@ -34,6 +34,20 @@ def turn(entropy: Sequence[float], *, reward: float = 0.0, penalty: float = 0.0,
 
 def group(*trajectories: Trajectory) -> TrajectoryGroup:
     return TrajectoryGroup(task=TASK, trajectories=list(trajectories))
+
+
+def test_entropy_by_part_of_the_response():
+    """Tokens of thoughts and of actions, each counting alike; tags and what has no part count in the mean alone."""
+    first, second, third, plain = turn([9, 1, 2, 9, 4, 9]), turn([9, 6, 9]), turn([7, 5]), turn([3])
+    first.parts = ResponseParts(thought=(1, 3), action=(4, 5))
+    second.parts = ResponseParts(thought=(1, 2), action=None)
+    third.parts = ResponseParts(thought=None, action=(2, 2))  # an action without tokens
+    found = rollout_metrics([group(Trajectory(task=TASK, turns=[first, second, third, plain]))])
+    assert found["entropy/think"] == (1 + 2 + 6) / 3 and found["entropy/action"] == 4
+    assert found["entropy/mean"] == pytest.approx((9 + 1 + 2 + 9 + 4 + 9 + 9 + 6 + 9 + 7 + 5 + 3) / 12)
+    lost = Trajectory(task=TASK, turns=[first], stop_reason=StopReason.ENVIRONMENT_ERROR)
+    for turns in ([lost], [Trajectory(task=TASK, turns=[third, plain])]):
+        assert not {"entropy/think", "entropy/action"} & rollout_metrics([group(*turns)]).keys()
 
 
 def test_rollout_metrics_by_hand():

@@ -110,6 +110,21 @@ def test_experts_succeed_in_the_order_of_the_specs(collect: Callable[..., tuple[
     assert max(map(len, script.asked)) == 2  # never more than there are slots
 
 
+def test_a_turn_knows_its_thought_and_its_action(
+    collect: Callable[..., tuple[list[Trajectory], Script]], policy: Policy
+):
+    thinking = AGENT.model_copy(update={"format": "think_action"})
+    said = iter(["<think>the door</think><action>push</action>", "<think>the door", "push"])
+    (found,), _ = collect(lambda prompt: next(said), tasks=TASKS[:1], max_turns=3, agent=thinking)
+    whole, cut, neither = found.turns
+    assert whole.parts is not None and whole.parts.thought is not None and whole.parts.action is not None
+    ids = whole.response_ids.tolist()
+    assert policy.chat.decode(ids[slice(*whole.parts.thought)]) == "the door"
+    assert policy.chat.decode(ids[slice(*whole.parts.action)]) == "push"
+    assert cut.parts == neither.parts == (None, None)
+    assert all(turn.parts is None for t in collect(right_word)[0] for turn in t.turns)
+
+
 def test_a_transcript_grows_and_is_never_rendered_anew(
     collect: Callable[..., tuple[list[Trajectory], Script]], policy: Policy
 ):

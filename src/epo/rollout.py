@@ -18,13 +18,13 @@ import numpy as np
 
 from epo.agent.chat import ChatFormat
 from epo.agent.context import Context, TranscriptContext, WindowContext
-from epo.agent.parsing import parse_response
+from epo.agent.parsing import find_parts, parse_response
 from epo.agent.prompts import Prompt
 from epo.config import AgentConfig
 from epo.environments.pool import EnvPool, Pending
 from epo.errors import EnvironmentFailure
 from epo.sampling.base import Completion, Request, Sampler
-from epo.types import Observation, Step, StopReason, Task, Trajectory, Turn
+from epo.types import Observation, ResponseParts, Step, StopReason, Task, Trajectory, Turn
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -291,6 +291,7 @@ class RolloutCollector:
                 observation=episode.observation.text,
                 response=text,
                 action=parsed.action,
+                parts=self._parts(response_ids, text),
                 is_valid=parsed.is_valid,
                 penalty=0.0 if parsed.is_valid else self._config.invalid_action_penalty,
                 dropped_turns=episode.context.dropped_turns,
@@ -299,3 +300,9 @@ class RolloutCollector:
             )
         )
         episode.pending = self._pool.submit_step(slot, parsed.action)
+
+    def _parts(self, response_ids: list[int], text: str) -> ResponseParts | None:
+        if self._config.format != "think_action":
+            return None
+        spans = (span and self._chat.tokens_inside(response_ids, text, span) for span in find_parts(text))
+        return ResponseParts(*spans)

@@ -102,6 +102,14 @@ class StopReason(StrEnum):
         return self in (StopReason.ENVIRONMENT_ERROR, StopReason.SERVER_ERROR)
 
 
+class ResponseParts(NamedTuple):
+    """Which tokens of a response are its thought and which its action, first and end as for slices. Tags, and tokens
+    that hold a piece of one, belong to neither; None for a part whose tags are not both there."""
+
+    thought: tuple[int, int] | None
+    action: tuple[int, int] | None
+
+
 @dataclass(kw_only=True, slots=True)
 class Turn:
     """One observation-action exchange, with the exact tokens the policy read and wrote.
@@ -133,6 +141,8 @@ class Turn:
     response: str
     action: str
     """What was sent to the environment."""
+    parts: ResponseParts | None = None
+    """Of the response; None where its format has no parts (`agent.format: action`)."""
     is_valid: bool
     """The response had the required format."""
     understood: bool = True

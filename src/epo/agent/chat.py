@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from datetime import date
 from typing import Any
@@ -88,6 +89,23 @@ class ChatFormat:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a response for people and parsers; special tokens (the end of the turn) are left out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def tokens_inside(self, response_ids: Sequence[int], text: str, span: tuple[int, int]) -> tuple[int, int]:
+        """First and end of the tokens that lie in `span` of `text`, which is `decode(response_ids)`, with no character
+        outside of it. Nothing is encoded: the places are found by decoding beginnings of the response.
+
+        `span` is to be enclosed by ASCII characters: a token may hold half of any other.
+        """
+        first, end = (self._tokens_up_to(place, response_ids, text) for place in (span[0], span[1] + 1))
+        return first, max(first, end - 1)
+
+    def _tokens_up_to(self, place: int, response_ids: Sequence[int], text: str) -> int:
+        """The fewest tokens whose text has the first `place` characters of `text`."""
+
+        def has_them(count: int) -> bool:
+            return self.decode(response_ids[:count])[:place] == text[:place]
+
+        return bisect_left(range(len(response_ids)), True, key=has_them)
 
     def pieces(self) -> list[str]:
         """Text of every token on its own, by id. Bytes that are no whole UTF-8 text stand in hex: `⟨E2 80⟩`."""

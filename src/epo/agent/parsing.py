@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 ResponseFormat = Literal["action", "think_action"]
+Span = tuple[int, int]
+"""First and end, as for slices."""
 
 MAX_ACTION_CHARACTERS = 500
 """No game has longer actions; runaway text is cut, and marked invalid."""
@@ -14,6 +16,7 @@ MAX_ACTION_CHARACTERS = 500
 # Text without any tag: a second pair of tags must not hide inside the first, and no match takes more than linear time.
 _PLAIN = r"(?:(?!</?(?:think|action)>).)*+"
 _THINK_ACTION = re.compile(rf"\s*<think>{_PLAIN}</think>\s*<action>(?P<action>{_PLAIN})</action>\s*", re.DOTALL)
+_THOUGHT = re.compile(rf"<think>(?P<thought>{_PLAIN})</think>", re.DOTALL)
 _ACTION = re.compile(rf"<action>(?P<action>{_PLAIN})</action>", re.DOTALL)
 
 
@@ -51,6 +54,13 @@ def parse_response(
         action = found["action"].strip() if found else ""
     clean = action.splitlines() == [action] and len(action) <= longest
     return ParsedAction(action[:longest], is_valid and clean and finished)
+
+
+def find_parts(text: str) -> tuple[Span | None, Span | None]:
+    """The characters inside the first `<think>..</think>` and inside the first `<action>..</action>` of a response;
+    None for a pair of tags that is not there."""
+    thought, action = _THOUGHT.search(text), _ACTION.search(text)
+    return thought and thought.span("thought"), action and action.span("action")
 
 
 def render_response(action: str, *, response_format: ResponseFormat, thought: str = "") -> str:

@@ -1,6 +1,6 @@
 """What a step's trajectories look like in numbers. Names are stable and documented in `docs/metrics.md`.
 
-Legend: K turns of a trajectory.
+Legend: K turns of a trajectory, R tokens of a response.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ _OF_TURNS = (
 
 
 def entropy_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Mean entropy over sampled tokens, and over the first and the last third of the turns actually played.
+    """Mean entropy over sampled tokens, over those of thoughts and of actions where responses have such parts, and over
+    the first and the last third of the turns actually played.
 
     Every trajectory of at least two turns weighs the same in `turn_early` and `turn_late`; a third has at least one
     turn. What nothing was sampled for is absent.
@@ -74,6 +75,14 @@ def entropy_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
             early.append(statistics.fmean(per_turn_K[:third]))
             late.append(statistics.fmean(per_turn_K[-third:]))
     metrics = {"entropy/mean": statistics.fmean(tokens)} if tokens else {}
+    parted = [(turn.entropy, turn.parts) for t in trajectories for turn in t.turns if turn.parts is not None]
+    for part, spans in (
+        ("think", [(entropy_R, parts.thought) for entropy_R, parts in parted]),
+        ("action", [(entropy_R, parts.action) for entropy_R, parts in parted]),
+    ):
+        inside = [float(h) for entropy_R, span in spans if span is not None for h in entropy_R[slice(*span)]]
+        if inside:
+            metrics[f"entropy/{part}"] = statistics.fmean(inside)
     if early:
         metrics |= {"entropy/turn_early": statistics.fmean(early), "entropy/turn_late": statistics.fmean(late)}
     return metrics

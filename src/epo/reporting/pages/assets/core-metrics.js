@@ -94,6 +94,8 @@
       "nats",
       "Mean entropy per token in the last third of the turns actually played.",
     ],
+    "entropy/think": ["Entropy, thoughts", "nats", "Mean entropy per token inside the thoughts of the responses."],
+    "entropy/action": ["Entropy, actions", "nats", "Mean entropy per token inside the actions of the responses."],
     "entropy/oscillation": [
       "Entropy oscillation",
       "nats",
