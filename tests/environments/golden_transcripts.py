@@ -1,9 +1,9 @@
 """What ScienceWorld and household games say to the expert, word for word, kept as text under `golden/`.
 
-    python tests/environments/golden_transcripts.py     # writes the files anew: look at the difference before you keep it
+    python tests/environments/golden_transcripts.py     # writes the files anew: read the difference before keeping it
 
-An upgrade that changes a sentence, a score or what may be done changes these files; results from before and after it are
-then not results of the same environment.
+An upgrade that changes a sentence, a score or what may be done changes these files; results from before and after it
+are then not results of the same environment.
 """
 
 from __future__ import annotations
