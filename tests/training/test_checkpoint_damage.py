@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import torch
 
 from epo.config import Config, ModelConfig
 from epo.errors import UserError
+from epo.files import sha256_of
 from epo.objectives import make_control
 from epo.training.checkpoint import (
     FORMAT,
@@ -24,8 +26,10 @@ from epo.training.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
     read_state,
+    refuse_damaged_source,
     save_checkpoint,
 )
+from epo.training.checksums import write_checksums
 from epo.training.learner import Learner
 from epo.training.policy import Policy
 from epo.training.tiny import build_model
@@ -126,6 +130,70 @@ def test_what_does_not_belong_there_is_refused_but_not_what_file_managers_leave(
     assert read_state(mine)["step"] == 3
     (mine / "policy" / "pytorch_model.bin").write_bytes(b"x")
     assert "policy/pytorch_model.bin: not in SHA256SUMS" in refusal(mine)
+
+
+def put(kind: str, file: Path) -> None:
+    """Something that is no regular file, in place of `file`."""
+    elsewhere = file.with_name(f".{file.name}")
+    if file.is_file():
+        shutil.copy(file, elsewhere)
+        file.unlink()
+    if kind == "pipe":
+        os.mkfifo(file)
+    else:
+        file.symlink_to({"device": Path("/dev/zero"), "link": elsewhere, "dangling": Path("/nowhere")}[kind])
+
+
+@pytest.mark.timeout(60)  # what opens a pipe or reads a device never ends
+@pytest.mark.parametrize("kind", ["pipe", "device", "link", "dangling"])
+@pytest.mark.parametrize(
+    "name", ["SHA256SUMS", "state.json", "optimizer.safetensors", "policy/config.json", "policy/more.bin", "more"]
+)
+def test_what_is_no_regular_file_is_refused_and_never_opened(name: str, kind: str, mine: Path):
+    put(kind, mine / name)
+    assert f"is damaged ({name}: no regular file)" in refusal(mine)
+    with pytest.raises(UserError, match="belongs to a checkpoint that is damaged"):
+        refuse_damaged_source(mine / "policy")
+    # Without checksums of that kind, as in format 1, the others are not opened either.
+    sums = mine / "SHA256SUMS"
+    sums.unlink()
+    content = json.loads((mine / "state.json").read_text()) if name != "state.json" else None
+    if content is not None:
+        tensors = {"critic.safetensors": sha256_of(mine / "critic.safetensors")}
+        (mine / "state.json").write_text(json.dumps(content | {"format": 1, "sha256": tensors}))
+    if name != "SHA256SUMS":
+        assert f"is damaged ({name}: no regular file)" in refusal(mine)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("/dev/zero", "../state.json", "policy/../../x", ".hidden/zero", "./state.json", "", ".", "policy"),
+        *("a\0b", "\ud800", "a" * 5000, "a\nb\u2028c"),
+    ],
+)
+def test_checksums_name_files_of_the_checkpoint_and_nothing_else(name: str, mine: Path):
+    (mine / ".hidden").symlink_to("/dev")
+    content = json.loads((mine / "state.json").read_text())
+    sums = {"critic.safetensors": sha256_of(mine / "critic.safetensors")}
+    (mine / "SHA256SUMS").unlink()
+    (mine / "state.json").write_text(json.dumps(content | {"format": 1, "sha256": sums}))
+    assert read_state(mine)["step"] == 3
+    (mine / "state.json").write_text(json.dumps(content | {"format": 1, "sha256": sums | {name: "0" * 64}}))
+    message = refusal(mine)
+    assert "is damaged (" in message and len(message.splitlines()) == 1 and len(message) < 1000
+
+
+@pytest.mark.parametrize(
+    "change", [{"format": float("inf")}, {"format": "2"}, {"format": 0}, {"step": 3.0}, {"step": None}]
+)
+def test_format_and_step_are_whole_numbers(change: dict[str, Any], mine: Path):
+    content = json.loads((mine / "state.json").read_text())
+    (mine / "state.json").write_text(json.dumps(content | change))
+    (mine / "SHA256SUMS").unlink()
+    write_checksums(mine)
+    assert "is damaged (state.json: no state of a checkpoint" in refusal(mine)
 
 
 def test_foreign_checkpoints_are_refused(

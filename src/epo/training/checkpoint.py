@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from epo.errors import UserError
 from epo.files import new_folder, remove_folder, write_atomically
-from epo.training.checksums import SUMS_FILE, find_damage, first_difference, write_checksums
+from epo.training.checksums import SUMS_FILE, find_damage, find_irregular, first_difference, write_checksums
 
 FORMAT = 2
 """Raised whenever an older reader would misunderstand a checkpoint. Format 1 had the checksums of the tensors, and no
@@ -182,12 +182,15 @@ def read_state(path: Path, *, run: str | None = None) -> dict[str, Any]:
         UserError: written by a newer version.
     """
     what = f"checkpoint {str(path)!r}"
-    has_sums = (path / SUMS_FILE).is_file()
-    if has_sums and (damage := find_damage(path)) is not None:
+    has_sums = os.path.lexists(path / SUMS_FILE)
+    damage = find_damage(path) if has_sums else find_irregular(path)
+    if damage is not None:
         raise DamagedCheckpoint(f"{what} is damaged ({damage})")
     try:
-        content = dict(json.loads((path / "state.json").read_text(encoding="utf-8")))
-        version, step = int(content["format"]), int(content["step"])
+        content: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        version, step = content["format"], content["step"]
+        if type(version) is not int or type(step) is not int or version < 1:
+            raise ValueError(f"format={version!r}, step={step!r}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or f"no state of a checkpoint: {' '.join(str(error).split())[:100]}"
         raise DamagedCheckpoint(f"{what} is damaged (state.json: {reason})") from None
@@ -219,7 +222,8 @@ def refuse_damaged_source(model: str | Path) -> None:
         UserError: the checkpoint is not what was written.
     """
     folder = Path(model).parent
-    if os.path.isfile(folder / SUMS_FILE) and (damage := find_damage(folder)) is not None:  # unlike Path, never raises
+    # Unlike Path's, never raises; a link to nowhere is there, too.
+    if os.path.lexists(folder / SUMS_FILE) and (damage := find_damage(folder)) is not None:
         raise UserError(
             f"{str(model)!r} belongs to a checkpoint that is damaged ({damage}): choose another checkpoint of that run"
         )
