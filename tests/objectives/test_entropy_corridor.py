@@ -190,6 +190,11 @@ def test_histories_refuse_what_is_not_theirs() -> None:
         EntropyHistory().append(math.nan)
     with pytest.raises(ValueError, match="'per_turn', this run asks for 'scalar'"):
         EntropyHistory().load_state_dict(EntropyHistory("per_turn").state_dict())
+    for kind, step in (("scalar", [[0, 1.0]]), ("scalar", [[-1, math.nan]]), ("scalar", []), ("per_turn", [[-1, 1.0]])):
+        history = EntropyHistory(kind)
+        with pytest.raises(ValueError, match=f"saved {kind} entropy history has a step"):
+            history.load_state_dict({"kind": kind, "steps": [step]})
+        assert len(history) == 0
     with pytest.raises(ValueError, match="window must be at least 1"):
         EntropyHistory(window=0)
     with pytest.raises(ValueError, match="scalar, per_turn"):

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from epo.config import Config, ModelConfig
 from epo.errors import UserError
@@ -278,6 +279,28 @@ def test_checkpoints_that_nobody_has(learner: Learner, tmp_path: Path):
         choose_checkpoint(folder, "best", evaluations=[])
     with pytest.raises(UserError, match="that of step 1, the best, was not kept"):
         choose_checkpoint(folder, "best", evaluations=[{"step": 1, "panels": [{"success": 0.0}]}])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: {k: v[:1] if v.dim() else v for k, v in tensors.items()},
+        lambda tensors: {k: v for k, v in tensors.items() if k != "1.exp_avg"},
+        lambda tensors: tensors | {"99999.exp_avg": torch.zeros(3)},
+        lambda tensors: tensors | {"0.other": torch.zeros(())},
+        lambda tensors: {k: v.reshape(1) if k.endswith("step") else v for k, v in tensors.items()},
+    ],
+)
+def test_moments_that_are_not_those_of_the_parameters_do_not_fit(
+    change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], mine: Path, learner: Learner
+):
+    """The checksums hold, so that only reading can find it; left alone, it would end the next optimiser step."""
+    file = mine / "optimizer.safetensors"
+    save_file(change(load_file(file)), file)
+    write_checksums(mine)
+    with pytest.raises(UserError, match="does not fit this run") as refused:
+        load_checkpoint(mine, learner)
+    assert "\n" not in str(refused.value)
 
 
 def test_the_first_of_equal_evaluations_is_the_best():

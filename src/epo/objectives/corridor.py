@@ -151,11 +151,16 @@ class EntropyHistory:
         """Take over a state. The means of all steps are in it, so they may be averaged in another way from here on.
 
         Raises:
-            ValueError: the state belongs to a history of the other kind.
+            ValueError: the state belongs to a history of the other kind, or is none.
         """
         if state["kind"] != self.kind:
             raise ValueError(f"the saved entropy history is {state['kind']!r}, this run asks for {self.kind!r}")
-        self._steps = [{int(turn): float(mean) for turn, mean in step} for step in state["steps"]]
+        steps = [{int(turn): float(mean) for turn, mean in step} for step in state["steps"]]
+        for step in steps:
+            fits = set(step) == {_ALL_TURNS} if self.kind == "scalar" else all(turn >= 0 for turn in step)
+            if not fits or not all(math.isfinite(mean) for mean in step.values()):
+                raise ValueError(f"the saved {self.kind} entropy history has a step {step}")
+        self._steps = steps
         self._refresh()
 
     def _refresh(self) -> None:

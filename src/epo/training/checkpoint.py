@@ -239,7 +239,9 @@ def load_checkpoint(path: Path, learner: Kept, *, run: str | None = None) -> dic
     try:
         learner.read(path, content["control"])
         return dict(content["state"])
-    except (OSError, SafetensorError, RuntimeError, KeyError, ValueError, TypeError) as error:
+    except (
+        OSError, SafetensorError, RuntimeError, ArithmeticError, AttributeError, LookupError, ValueError, TypeError,
+    ) as error:  # fmt: skip
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"checkpoint {str(path)!r} does not fit this run ({reason}): put back what the run wrote, or delete it"

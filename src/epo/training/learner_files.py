@@ -20,6 +20,8 @@ from epo.training.policy import Critic, Policy
 from epo.training.ranks import Ranks, holders_of
 
 Optimizer = torch.optim.Optimizer
+_OF_A_PARAMETER = {"step", "exp_avg", "exp_avg_sq"}
+"""What AdamW keeps of a parameter that it has stepped."""
 
 
 def write_learner(
@@ -113,6 +115,11 @@ def _load_optimizer(optimizer: Optimizer, tensors: Iterator[tuple[str, Tensor]],
     for key, value in tensors:
         index, _, name = key.partition(".")
         like = parameters[int(index)]
-        state.setdefault(int(index), {})[name] = ranks.part(value, like) if value.shape == like.shape else value
+        if value.shape != (shape := torch.Size() if name == "step" else like.shape):
+            raise ValueError(f"optimizer: {key} is {list(value.shape)}, its parameter asks for {list(shape)}")
+        state.setdefault(int(index), {})[name] = ranks.part(value, like) if name != "step" else value
+    for index, entries in state.items():
+        if entries.keys() != _OF_A_PARAMETER:
+            raise ValueError(f"optimizer: of parameter {index} it has {', '.join(sorted(entries))}")
     # Groups (parameters, learning rates, betas) come from the configuration; only the moments are restored.
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

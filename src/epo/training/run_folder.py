@@ -26,6 +26,7 @@ from epo.config import Config
 from epo.errors import StorageError, UserError
 from epo.files import append_whole, explaining_full_disk, new_folder, remove_drafts, write_atomically
 from epo.recipe import parse_config
+from epo.reporting.reading.record_schema import problem_of_evaluation
 from epo.reporting.trajectories import index_entry, trajectory_record
 from epo.types import TrajectoryGroup
 
@@ -201,7 +202,8 @@ class RunFolder:
             UserError: names the first that is missing, and where to go on from.
         """
         recorded = [line["step"] for line in self.metrics() if line["step"] <= step]
-        if recorded == list(range(1, step + 1)):
+        # The count first: the name of a foreign checkpoint may say any number of steps.
+        if len(recorded) == step and recorded == list(range(1, step + 1)):
             return
         counts = Counter(recorded)
         missing = next((k for k in range(1, step + 1) if counts[k] != 1), 1)
@@ -215,7 +217,8 @@ class RunFolder:
         return read_lines(self.metrics_file)
 
     def evaluations(self) -> list[dict[str, Any]]:
-        return read_lines(self.evaluations_file)
+        """The lines of `eval.jsonl` that are evaluations."""
+        return [entry for entry in read_lines(self.evaluations_file) if problem_of_evaluation(entry) is None]
 
 
 _STEP = re.compile(r"step_(\d+)")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -37,6 +36,7 @@ from epo.training.machine import MachineWatch
 from epo.training.policy import Policy
 from epo.training.run_folder import RunFolder
 from epo.training.skipped import SkippedBatch, save_skipped
+from epo.training.trainer_state import TrainerState
 from epo.types import Trajectory, TrajectoryGroup
 
 AnyCollector = TypeVar("AnyCollector", bound=RolloutCollector)
@@ -67,20 +67,6 @@ class Observer(Protocol):
 
     def note(self, text: str) -> None:
         """Something a person should read."""
-
-
-@dataclass(slots=True)
-class TrainerState:
-    """What the loop itself remembers; part of every checkpoint."""
-
-    step: int = 0
-    """RL steps finished."""
-    entropy_by_step: list[float] = field(default_factory=list[float])
-    evaluations: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    wall_seconds: float = 0.0
-    """Time of warm start, training and evaluation over all sessions of the run."""
-    reference: str | None = None
-    """Digest of the weights that the KL loss refers to; None without one."""
 
 
 class StepLearner(Protocol):
@@ -144,12 +130,7 @@ class Trainer:
         self.log: MetricsLog | None = None
         if resume_from is not None:
             kept = load_checkpoint(resume_from, learner, run=run.id)
-            try:
-                self.state = TrainerState(**kept)
-            except TypeError as error:
-                raise UserError(
-                    f"checkpoint {str(resume_from)!r} was written by another version of epo ({error}): use that one"
-                ) from None
+            self.state = TrainerState.kept_in(resume_from, kept)
             if self.state.reference != digest:
                 raise UserError(
                     "the model that the KL loss refers to is no longer the one this run started from: put the model "
@@ -292,7 +273,6 @@ class Trainer:
         """Write a checkpoint from which the run goes on exactly. Two are never dropped: the best by evaluation, and the
         last good one: the newest earlier one that no alarm speaks against (of `health.halt`, where it names any), nor
         may at the next step."""
-        state = {name: getattr(self.state, name) for name in TrainerState.__dataclass_fields__}
         # Not the one that is about to be written: an alarm at the next step speaks against it.
         steps = map(step_of, checkpoints(self.run.checkpoints))
         good = self.health.last_good(steps, alarms=self.config.health.halt, suspecting=True)
@@ -301,7 +281,7 @@ class Trainer:
             self.run.checkpoints,
             self.learner,
             step=self.state.step,
-            state=state,
+            state=self.state.model_dump(),
             keep=self.config.checkpoint.keep,
             protect=[step for step in (good, None if best is None else best[0]) if step is not None],
             run=self.run.id,

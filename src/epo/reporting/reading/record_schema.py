@@ -1,4 +1,5 @@
-"""What a stored trajectory must have, so that whoever shows one can rely on it. Files may come from anybody."""
+"""What a stored trajectory or evaluation must have, so that whoever shows one can rely on it. Files may come from
+anybody."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from epo.reporting.trajectories import INDEX_COLUMNS
 Number = Annotated[float, Field(ge=-1e12, le=1e12)]
 Logprob = Annotated[float, Field(le=100)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -89,6 +91,31 @@ class _Entry(_Schema):
     columns: _Columns
 
 
+class _Panel(_Schema):
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    split: str
+    success: Share
+    low: Share
+    high: Share
+    episodes: Annotated[Count, Field(ge=1)]
+    score: Number | None = None
+    turns: Number | None = None
+    invalid: Number | None = None
+    errors: Count | None = None
+
+    @model_validator(mode="after")
+    def _interval_holds_the_rate(self) -> Self:
+        if not self.low <= self.success <= self.high:
+            raise ValueError(f"success {self.success} is not between low {self.low} and high {self.high}")
+        return self
+
+
+class _Evaluation(_Schema):
+    step: Count
+    panels: list[_Panel]
+
+
 _PIECES = TypeAdapter(list[str], config=ConfigDict(strict=True))
 
 
@@ -102,6 +129,11 @@ def is_entry(entry: dict[str, Any]) -> bool:
     return _problem(lambda: _Entry.model_validate(entry)) is None
 
 
+def problem_of_evaluation(entry: dict[str, Any]) -> str | None:
+    """What is wrong with a line of `eval.jsonl`; None if it is an evaluation."""
+    return _problem(lambda: _Evaluation.model_validate(entry))
+
+
 def is_vocabulary(pieces: Any) -> bool:
     """Whether it is a list of texts."""
     return _problem(lambda: _PIECES.validate_python(pieces)) is None
@@ -113,5 +145,5 @@ def _problem(validate: Any) -> str | None:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        return visible(f"{where}: {first['msg']}")[:200]
+        return visible(f"{where}: {first['msg'].removeprefix('Value error, ')}")[:200]
     return None
