@@ -303,6 +303,10 @@ def test_moments_that_are_not_those_of_the_parameters_do_not_fit(
     assert "\n" not in str(refused.value)
 
 
+def test_without_panels_there_is_no_best():
+    assert best_evaluation([{"step": 0, "panels": []}]) is None
+
+
 def test_the_first_of_equal_evaluations_is_the_best():
     rated = [{"step": step, "panels": [{"success": value}]} for step, value in ((0, 0.1), (5, 0.3), (10, 0.3))]
     assert best_evaluation(rated) == (5, 0.3)

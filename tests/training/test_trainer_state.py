@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +97,9 @@ def test_lines_that_are_no_evaluations_are_left_out_when_the_best_is_chosen(line
     with (old / "eval.jsonl").open("a") as file:
         file.write(line + "\n")
     assert RunFolder.open(old).evaluations() == whole != []
+
+
+def test_a_run_without_panels_ends_and_goes_on(minute_config: Callable[..., Any], tmp_path: Path) -> None:
+    config = minute_config("steps=1", "evaluation.splits=[]")
+    assert train_run(config, tmp_path / "run", QuietObserver(), resume=False)["best"] is None
+    assert train_run(config, tmp_path / "run", QuietObserver(), resume=True)["finished"]

@@ -155,10 +155,12 @@ def choose_checkpoint(
 def best_evaluation(evaluations: Sequence[Mapping[str, Any]]) -> tuple[int, float] | None:
     """Step and success of the best of a run's evaluations, by the mean success over its panels; the first among equals.
 
-    None before anything was evaluated.
+    None before anything was evaluated, or where no split is.
     """
     rated = [
-        (entry["step"], sum(p["success"] for p in entry["panels"]) / len(entry["panels"])) for entry in evaluations
+        (entry["step"], sum(p["success"] for p in entry["panels"]) / len(entry["panels"]))
+        for entry in evaluations
+        if entry["panels"]
     ]
     return max(rated, key=lambda pair: pair[1], default=None)
 
