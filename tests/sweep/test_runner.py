@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -18,6 +19,7 @@ from epo.errors import UserError
 from epo.recipe import load_config
 from epo.sweep.folder import State, SweepFolder
 from epo.sweep.plan import PlannedRun, load_sweep
+from epo.sweep.progress import state_table
 from epo.sweep.runner import SweepRunner, check_parallel
 
 STAND_IN = """
@@ -220,3 +222,74 @@ def test_a_halted_run_is_named_with_its_alarms(stage: Stage) -> None:
     (stage.folder.run(planned) / "summary.json").write_text(json.dumps(summary))
     assert stage.folder.halted(planned) == "halted at step 7 by length"
     assert stage.folder.halted(stage.runs[1]) is None
+
+
+def test_a_damaged_record_of_failures_is_named_with_the_mend(stage: Stage) -> None:
+    stage.work(SECOND)
+    file = stage.folder.path / "failures.json"
+    whole = file.read_text()
+    for damaged in (whole[:-5], "[]", "null", '{"a": 1}', "[" * 100_000, "\udcff"):
+        file.write_bytes(damaged.encode("utf-8", "surrogateescape"))
+        with pytest.raises(UserError, match=r"failures\.json' is damaged.*: delete it") as refused:
+            stage.work()
+        assert len(str(refused.value).splitlines()) == 1 and stage.calls() == []
+    # What it says helps.
+    file.unlink()
+    completed, _ = stage.work()
+    assert completed and stage.calls() == [f"{SECOND} --resume"]
+
+
+@pytest.mark.timeout(60)  # what opens a pipe never ends
+@pytest.mark.parametrize("content", ["[]", "null", '"x"', '{"finished": false, "halted": [1]}', "[" * 100_000, None])
+def test_a_summary_of_another_kind_is_no_finished_run(content: str | None, stage: Stage) -> None:
+    run = stage.folder.run(stage.runs[0])
+    run.mkdir()
+    (run / "config.yaml").touch()
+    os.mkfifo(run / "summary.json") if content is None else (run / "summary.json").write_text(content)
+    assert stage.states()[FIRST] is State.STOPPED and stage.folder.halted(stage.runs[0]) is None
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+@pytest.mark.parametrize(
+    "name", ["failures.json", f"logs/{FIRST}.log", "logs", "arms", "arms/plain.yaml", "sweep.yaml"]
+)
+def test_what_stands_in_the_place_of_a_file_of_the_sweep_is_named(name: str, kind: str, stage: Stage) -> None:
+    if name == "logs" and kind == "folder":
+        return
+    file = stage.folder.path / name
+    file.parent.mkdir(exist_ok=True)
+    if file.is_dir():
+        shutil.rmtree(file)
+    file.unlink(missing_ok=True)
+    if name == "arms" and kind == "folder":
+        return
+    file.mkdir() if kind == "folder" else os.mkfifo(file)
+    with pytest.raises(UserError) as refused:
+        stage.folder.prepare(load_sweep(Path("two.yaml")))
+        stage.work()
+    assert str(file) in str(refused.value) and len(str(refused.value).splitlines()) == 1
+
+
+def test_a_log_that_is_deleted_while_its_run_fails_costs_the_reason_only(stage: Stage) -> None:
+    log = stage.folder.log(stage.runs[1])
+    thread = when(log.exists, log.unlink)
+    completed, _ = stage.work(SECOND)
+    thread.join()
+    assert completed and stage.folder.failures() == {SECOND: "exit code 2: no output"}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "line", ["[]", "{}", '{"step": "1"}', '{"step": 1, "success/train": "x"}', "[" * 100_000, None]
+)
+def test_progress_shows_what_the_newest_line_of_a_run_has(line: str | None, stage: Stage) -> None:
+    sweep = load_sweep(Path("two.yaml"))
+    run = stage.folder.run(stage.runs[0])
+    run.mkdir()
+    file = run / "metrics.jsonl"
+    os.mkfifo(file) if line is None else file.write_text(line + "\n")
+    assert state_table(sweep, stage.folder).row_count == 4
+    if line is not None:
+        file.write_text('{"step": 1, "success/train": 0.5, "entropy/mean": null}\n')
+        assert "success 0.500" in list(state_table(sweep, stage.folder).columns[3].cells)

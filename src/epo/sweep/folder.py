@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import yaml
 
 from epo.config import Config
-from epo.errors import UserError
+from epo.errors import StorageError, UserError
 from epo.files import write_atomically
 from epo.recipe import load_config
+from epo.reporting.reading.json_lines import parse_object
 from epo.sweep.plan import PlannedRun, Sweep
 
 
@@ -52,9 +54,11 @@ class SweepFolder:
                     f"the sweep in {str(self.path)!r} was started with other settings of arm {arm!r}: "
                     f"{', '.join(different)}. Give the arm another name, or the sweep another --name"
                 )
-        write_atomically(self.path / "sweep.yaml", yaml.safe_dump(sweep.plan.model_dump(mode="json"), sort_keys=False))
+        with self._writing(self.path / "sweep.yaml") as file:
+            write_atomically(file, yaml.safe_dump(sweep.plan.model_dump(mode="json"), sort_keys=False))
         for arm, config in sweep.configs.items():  # what is kept and shown may have changed
-            write_atomically(self._config_file(arm), config.to_yaml())
+            with self._writing(self._config_file(arm)) as file:
+                write_atomically(file, config.to_yaml())
 
     @contextmanager
     def locked(self) -> Iterator[int]:
@@ -93,24 +97,57 @@ class SweepFolder:
     def log(self, planned: PlannedRun) -> Path:
         return self.path / "logs" / f"{planned.name}.log"
 
-    def state(self, planned: PlannedRun) -> State:
-        run = self.run(planned)
+    def open_log(self, planned: PlannedRun) -> BinaryIO:
+        """The run's log, to be added to.
+
+        Raises:
+            UserError: something else stands there, or it cannot be written.
+        """
+        with self._writing(self.log(planned)) as log:
+            log.parent.mkdir(exist_ok=True)
+            return log.open("ab")
+
+    def last_line(self, planned: PlannedRun) -> str:
+        """What the run's log ends with."""
         try:
-            if json.loads((run / "summary.json").read_text(encoding="utf-8"))["finished"]:
-                return State.FINISHED
-        except (OSError, ValueError, KeyError):
-            pass
+            lines = self.log(planned).read_text(encoding="utf-8", errors="replace").split("\n")
+        except OSError:  # deleted while the run was at work
+            lines = []
+        return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "no output")
+
+    @contextmanager
+    def _writing(self, file: Path) -> Iterator[Path]:
+        """Says in one line what stands in the way of writing `file`."""
+        try:
+            if file.exists() and not file.is_file():  # to open a pipe may never end
+                raise OSError(0, "no regular file")
+            yield file
+        except StorageError:
+            raise
+        except OSError as error:
+            raise UserError(
+                f"{str(file)!r} cannot be written ({error.strerror}): move away what is there, or give the sweep "
+                "another --name"
+            ) from None
+
+    def state(self, planned: PlannedRun) -> State:
+        if self._summary(planned).get("finished"):
+            return State.FINISHED
         if planned.name in self.failures():
             return State.FAILED
-        return State.STOPPED if (run / "config.yaml").is_file() else State.WAITING
+        return State.STOPPED if (self.run(planned) / "config.yaml").is_file() else State.WAITING
 
     def halted(self, planned: PlannedRun) -> str | None:
         """Why alarms ended the run; None if they did not."""
+        halted = self._summary(planned).get("halted")
         try:
-            halted = json.loads((self.run(planned) / "summary.json").read_text(encoding="utf-8"))["halted"]
             return f"halted at step {halted['step']} by {', '.join(halted['alarms'])}" if halted else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (KeyError, TypeError):
             return None
+
+    def _summary(self, planned: PlannedRun) -> dict[str, Any]:
+        """The run's summary.json; empty where there is none that can be read."""
+        return _object(self.run(planned) / "summary.json") or {}
 
     def command(self, planned: PlannedRun) -> list[str]:
         """Arguments of `epo` that start this run, or go on with it."""
@@ -123,11 +160,20 @@ class SweepFolder:
         return [*arguments, "--resume"] if goes_on else arguments
 
     def failures(self) -> dict[str, str]:
-        """Runs that failed, and how."""
-        try:
-            return dict(json.loads(self._failures.read_text(encoding="utf-8")))
-        except FileNotFoundError:
+        """Runs that failed, and how.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        if not os.path.lexists(self._failures):
             return {}
+        found = _object(self._failures)
+        if found is None or not all(isinstance(reason, str) for reason in found.values()):
+            raise UserError(
+                f"{str(self._failures)!r} is damaged, it is no object of runs and reasons: delete it, and what failed "
+                "is run again"
+            )
+        return found
 
     def set_failure(self, planned: PlannedRun, reason: str | None) -> None:
         """Remember how a run failed, or (None) that it has not."""
@@ -140,6 +186,14 @@ class SweepFolder:
 
     def _config_file(self, arm: str) -> Path:
         return self.path / "arms" / f"{arm}.yaml"
+
+
+def _object(file: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is none that can be read."""
+    try:
+        return parse_object(file.read_bytes()) if file.is_file() else None
+    except OSError:
+        return None
 
 
 def _comparable(config: Config) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from epo.reporting.reading.json_lines import parse_object
 from epo.reporting.terminal.text import visible_lines
 from epo.sweep.folder import SweepFolder
 from epo.sweep.plan import PlannedRun, Sweep
@@ -83,12 +83,15 @@ def _where(sweep: Sweep, folder: SweepFolder, run: PlannedRun) -> tuple[str, str
     if newest is None:
         return f"-/{total}", ""
     shown = {"success": "success/train", "reward": "reward/mean", "entropy": "entropy/mean"}
-    numbers = [f"{name} {newest[key]:.3f}" for name, key in shown.items() if newest.get(key) is not None]
+    values = {name: newest.get(key) for name, key in shown.items()}
+    numbers = [f"{name} {value:.3f}" for name, value in values.items() if isinstance(value, float)]
     return f"{newest['step']}/{total}", "  ".join(numbers)
 
 
 def _last_line(file: Path) -> dict[str, Any] | None:
-    """The last whole line of a JSON-lines file that may be growing."""
+    """The last whole line of a metrics file that may be growing; None where that is no line of a step."""
+    if not file.is_file():
+        return None
     try:
         with file.open("rb") as handle:
             end = handle.seek(0, os.SEEK_END)
@@ -97,7 +100,5 @@ def _last_line(file: Path) -> dict[str, Any] | None:
     except OSError:
         return None
     # What follows the last newline is not whole yet, and what the read began with need not be.
-    try:
-        return json.loads(lines[-2]) if len(lines) >= 2 else None
-    except ValueError:
-        return None
+    entry = parse_object(lines[-2]) if len(lines) >= 2 else None
+    return entry if entry is not None and type(entry.get("step")) is int else None

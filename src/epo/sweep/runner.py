@@ -90,9 +90,7 @@ class SweepRunner:
     def _start(self, run: PlannedRun) -> None:
         command = [*self.program, *self.folder.command(run)]
         self.folder.set_failure(run, None)
-        log = self.folder.log(run)
-        log.parent.mkdir(exist_ok=True)
-        with log.open("ab") as output:
+        with self.folder.open_log(run) as output:
             # A group of its own: Ctrl-C in the terminal reaches the runs through us, once.
             self._active[run] = subprocess.Popen(
                 command,
@@ -116,13 +114,9 @@ class SweepRunner:
             elif self._signals or code == _INTERRUPTED:
                 self.observer.changed(run, "stopped")
             else:
-                reason = self.folder.halted(run) or f"exit code {code}: {self._last_line(run)}"
+                reason = self.folder.halted(run) or f"exit code {code}: {self.folder.last_line(run)}"
                 self.folder.set_failure(run, reason)
                 self.observer.changed(run, f"failed, {reason} (more in {str(self.folder.log(run))!r})")
-
-    def _last_line(self, run: PlannedRun) -> str:
-        lines = self.folder.log(run).read_text(encoding="utf-8", errors="replace").split("\n")
-        return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "no output")
 
     def _pass_on_signals(self) -> None:
         while self._passed_on < self._signals:
