@@ -2,7 +2,7 @@
 
     python tests/fuzz/fuzz_campaign.py [--scale 0.1] [--only config_trees ...] [--out FILE]
 
-A crash does not end it: each is told with the seed that makes it again, `fuzz_targets.py` and this file unchanged.
+A crash does not end it: each is told with the seed that makes it again, the target's file and this one unchanged.
 """
 
 from __future__ import annotations

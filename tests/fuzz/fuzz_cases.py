@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -167,6 +168,15 @@ def mutated_bytes(rng: random.Random, data: bytes) -> bytes:
         else:
             found[at:end] = rng.choice([rng.randbytes(end - at), text(rng).encode("utf-8", "surrogatepass")])
     return bytes(found)
+
+
+def mutated_tensors(rng: random.Random, data: bytes) -> bytes:
+    """A safetensors file whose header says other things, or another length."""
+    (length,) = struct.unpack("<Q", data[:8])
+    header = mutated_tree(rng, json.loads(data[8 : 8 + length]), changes=rng.randrange(1, 4))
+    text = json_text(rng, header)
+    claimed = rng.choice([len(text), len(text), len(text), 2**63, 2**32, 0, length])
+    return struct.pack("<Q", claimed) + text + data[8 + length :]
 
 
 def json_text(rng: random.Random, tree: Any) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 import sys
 import tempfile
@@ -87,3 +88,14 @@ def contained(*, folder: Path, seconds: float, has_workers: bool = False) -> Ite
         allowed = ("subprocess.Popen", "pickle.find_class", f"written: {tempfile.gettempdir()}")
         seen = [e for e in seen if not e.startswith(allowed) and not ("socket.connect" in e and "'127.0.0.1'" in e)]
     assert not seen, f"hostile input reached {seen}"
+
+
+@contextmanager
+def bounded_memory(gib: int) -> Iterator[None]:
+    """Reading what never ends becomes a `MemoryError`, not the end of the machine."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (gib << 30, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
