@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fuzz_checkpoints  # noqa: F401
 import fuzz_configurations  # noqa: F401
 import fuzz_environments  # noqa: F401
 import fuzz_models  # noqa: F401
