@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,13 @@ from epo.config import AgentConfig
 from epo.environments import make_suite
 from epo.environments.pool import EnvPool
 from epo.packing import pack
+from epo.recipe import parse_config
 from epo.reporting.metrics import rollout_metrics
 from epo.rollout import EpisodeSpec, RolloutCollector
 from epo.sampling.base import Completion, Request, Sampler
 from epo.sampling.local import LocalSampler
 from epo.training.policy import Policy
+from epo.training.run_folder import RunFolder
 from epo.types import Step, StopReason, Task, Trajectory, TrajectoryGroup
 
 OPTIONS = {"length": 3, "choices": 2, "tasks": 4}
@@ -241,6 +244,30 @@ def test_an_environment_that_pays_no_number_is_at_fault(
     (found,), _ = collect(right_word, tasks=TASKS[:1])
     assert found.stop_reason is StopReason.ENVIRONMENT_ERROR and f"{field} nan" in (found.error or "")
     assert math.isfinite(found.total_reward) and math.isfinite(found.score) and not found.success
+
+
+@pytest.mark.parametrize("field", ["reward", "score"])
+@pytest.mark.parametrize("number", [1e308, -1e308, 1e20])
+def test_what_would_overflow_when_it_is_added_up_or_squared_is_the_environments_fault(
+    collect: Callable[..., tuple[list[Trajectory], Script]],
+    pool: EnvPool,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    field: str,
+    number: float,
+):
+    gather = pool.gather
+
+    def overpaid(pending: Any) -> Any:
+        return [replace(a, **{field: number}) if isinstance(a, Step) else a for a in gather(pending)]
+
+    monkeypatch.setattr(pool, "gather", overpaid)
+    found, _ = collect(right_word, tasks=TASKS[:2])
+    assert all(t.stop_reason is StopReason.ENVIRONMENT_ERROR and f"{field} {number}" in (t.error or "") for t in found)
+    groups = [TrajectoryGroup(task=t.task, trajectories=[t]) for t in found]
+    metrics = rollout_metrics(groups)
+    assert all(map(math.isfinite, metrics.values()))
+    RunFolder.create(tmp_path / "run", parse_config({}), {}).add_step(1, metrics, groups)  # strict JSON
 
 
 def test_window_contexts_are_rendered_anew(collect: Callable[..., tuple[list[Trajectory], Script]], policy: Policy):

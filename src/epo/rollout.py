@@ -7,7 +7,6 @@ lengths only, never on timing: the same seed gives the same trajectories.
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -25,6 +24,10 @@ from epo.environments.pool import EnvPool, Pending
 from epo.errors import EnvironmentFailure
 from epo.sampling.base import Completion, Request, Sampler
 from epo.types import Observation, ResponseParts, Step, StopReason, Task, Trajectory, Turn
+
+LARGEST = 1e12
+"""Of a reward or a score, without its sign: sums over the episodes of a step stay finite, and so do squares of rewards
+in single precision, in which advantages are computed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,9 +129,12 @@ def take_in(
     if isinstance(answer, Observation):
         trajectory.instruction = answer.goal
         return answer
-    if not (math.isfinite(answer.reward) and math.isfinite(answer.score)):
+    if not (abs(answer.reward) <= LARGEST and abs(answer.score) <= LARGEST):  # NaN is not, either
         trajectory.stop_reason = StopReason.ENVIRONMENT_ERROR
-        trajectory.error = f"the environment answered with reward {answer.reward} and score {answer.score}"
+        trajectory.error = (
+            f"the environment answered with reward {answer.reward} and score {answer.score}; finite numbers of at most "
+            f"{LARGEST:g} are taken"
+        )
         return None
     turn = trajectory.turns[-1]
     turn.environment_reward = answer.reward

@@ -12,7 +12,10 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -442,6 +445,10 @@ def test_answers_become_plain():
             Observation(text="x\n[2 more actions are not listed]", admissible_actions=("a" * 50_000,)),
         ),
         (
+            Observation(text="x", admissible_actions=("",) * 500_000),
+            Observation(text="x\n[490000 more actions are not listed]", admissible_actions=("",) * 10_000),
+        ),
+        (
             Observation(text="é" * 100_001, goal="y" * 1_000_000),
             Observation(
                 text="é" * 100_000 + "\n[1 more characters are not shown]",
@@ -452,6 +459,19 @@ def test_answers_become_plain():
 )
 def test_what_is_too_long_to_read_is_cut_and_says_so(given: Observation, kept: Observation | None):
     assert checked(Request("reset", ""), given) == (kept or given)
+
+
+class Unwilling:
+    def __float__(self) -> float:
+        raise RuntimeError("not now")
+
+
+@pytest.mark.parametrize("number", [10**400, Decimal("sNaN"), np.array([0.5, 0.5]), Unwilling()])
+@pytest.mark.parametrize("field", ["reward", "score"])
+def test_a_number_that_has_no_floating_point_value_breaks_the_contract(field: str, number: Any):
+    answer = replace(Step(observation=Observation(text="x"), reward=0.0, terminated=False), **{field: number})
+    with pytest.raises(TypeError, match=f"{field} is a {type(number).__name__} without a floating-point value"):
+        checked(Request("step", ""), answer)
 
 
 def test_a_broken_contract_ends_the_episode_at_once_and_the_worker_goes_on(log: Path, caplog: pytest.LogCaptureFixture):

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 MAX_CHARACTERS = 100_000
 """Of an observation's text, of its goal, and of all its admissible actions: some 25,000 tokens of English. A megabyte
 keeps the tokenizer busy for many seconds, only for the episode to end for lack of room."""
+_SHORTEST_ACTION = 10
+"""Characters for which an action counts at the least: with what a prompt puts between them, half a million empty ones
+are a megabyte, too."""
 
 
 def checked(request: Request, value: Any) -> Observation | Step | list[str] | None:
@@ -67,7 +70,7 @@ def _cut(text: str) -> str:
 
 def _fitting(actions: list[str]) -> tuple[str, ...]:
     """The first actions that have no more than `MAX_CHARACTERS` together."""
-    lengths = list(accumulate(map(len, actions)))
+    lengths = list(accumulate(max(len(action), _SHORTEST_ACTION) for action in actions))
     return tuple(actions[: bisect_right(lengths, MAX_CHARACTERS)])
 
 
@@ -87,7 +90,10 @@ def _number(value: Any, field: str) -> float:
     """NumPy's numbers pass; what is not finite does too, and ends the episode where rewards are added up."""
     if isinstance(value, str | bytes) or not isinstance(value, SupportsFloat):
         raise TypeError(f"{field} is {_kind(value)}, not a number")
-    return float(value)
+    try:
+        return float(value)
+    except Exception as error:  # an integer of hundreds of digits, and whatever a stranger's own method does
+        raise TypeError(f"{field} is {_kind(value)} without a floating-point value ({type(error).__name__})") from None
 
 
 def _truth(value: Any, field: str) -> bool:
