@@ -94,8 +94,9 @@ crosscheck: .venv-crosscheck/.installed
 # A quarter of an hour on two busy cores. docs/reliability.md says what it shows.
 KILLS ?= 60
 SEED ?= 0
+KILLS_OUT ?= benchmarks/results/kill_runs.json
 chaos-runs: $(VENV)/.train
-	$(BIN)/python benchmarks/kill_runs.py --kills $(KILLS) --seed $(SEED)
+	$(BIN)/python benchmarks/kill_runs.py --kills $(KILLS) --seed $(SEED) --out $(KILLS_OUT)
 
 # With what few need: reasoning-gym and TextArena bring some forty packages, OpenEnv's server more than a hundred.
 test-adapters: $(VENV)/.test .venv-openenv/.installed

@@ -1,6 +1,6 @@
 """Damage every file of a checkpoint, one bit or one cut at a time, and count what is refused.
 
-    python benchmarks/damage_checkpoint.py runs/try1/checkpoints/step_000010
+    python benchmarks/damage_checkpoint.py runs/try1/checkpoints/step_000010 --out damage.json
 
 Works on a copy. Refused means: `read_state` raises one line of text that names the checkpoint and the damaged file (or
 the list of checksums, whose damage may show in any file).
@@ -15,10 +15,13 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from epo.errors import UserError
 from epo.training.checkpoint import read_state
 from epo.training.checksums import SUMS_FILE
+from epo.training.run_folder import RunFolder
+from epo.training.provenance import commit_of_code
 
 
 def is_refused(checkpoint: Path, name: str) -> bool:
@@ -29,6 +32,12 @@ def is_refused(checkpoint: Path, name: str) -> bool:
         named = name == SUMS_FILE or f"({name}: " in message
         return named and str(checkpoint) in message and "\n" not in message
     return False
+
+
+def described(checkpoint: Path) -> dict[str, Any]:
+    """Which checkpoint it is, without the folder that the run happens to be in."""
+    run = RunFolder(checkpoint.resolve().parent.parent)
+    return {"run": run.path.name, "name": checkpoint.name, "digest_of_configuration": run.id}
 
 
 def main() -> None:
@@ -61,7 +70,9 @@ def main() -> None:
     total = {key: sum(count[key] for count in files.values()) for key in next(iter(files.values()))}
     result = {
         "command": f"python benchmarks/damage_checkpoint.py CHECKPOINT --flips {options.flips} --cuts {options.cuts} "
-        f"--seed {options.seed}",
+        f"--seed {options.seed} --out FILE",
+        "checkpoint": described(options.checkpoint),
+        "commit": commit_of_code(),
         "total": total,
         "files": files,
     }

@@ -340,7 +340,8 @@ def main() -> None:
             shutil.rmtree(runs.work / name)
     result = {
         "what": __doc__.splitlines()[0] if __doc__ else "",
-        "command": f"python benchmarks/kill_runs.py --kills {options.kills} --seed {options.seed}",
+        "command": f"python benchmarks/kill_runs.py --kills {options.kills} --seed {options.seed} --out FILE",
+        "commit": session.commit_of_code(),
         "kills": len(kills),
         "by_phase": dict(Counter(kill["phase"] for kill in kills)),
         "by_way": dict(Counter(kill["how"] for kill in kills)),

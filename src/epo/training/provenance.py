@@ -26,14 +26,15 @@ def provenance(suite: TaskSuite) -> dict[str, Any]:
     return {
         "packages": packages,
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": commit_of_code(),
         "suite": {"name": suite.name, **suite.provenance()},
         "machine": {"system": platform.platform(), "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()},
         "command": ["epo" if Path(sys.argv[0]).name == "__main__.py" else Path(sys.argv[0]).name, *sys.argv[1:]],
     }
 
 
-def _commit() -> str | None:
+def commit_of_code() -> str | None:
+    """The commit that is checked out where this package is; None outside a repository."""
     folder = Path(__file__).resolve().parent
     try:
         found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10)
