@@ -20,8 +20,8 @@ from typing import Any
 from epo.errors import UserError
 from epo.training.checkpoint import read_state
 from epo.training.checksums import SUMS_FILE
-from epo.training.run_folder import RunFolder
 from epo.training.provenance import commit_of_code
+from epo.training.run_folder import RunFolder
 
 
 def is_refused(checkpoint: Path, name: str) -> bool:

@@ -466,7 +466,11 @@ class Unwilling:
         raise RuntimeError("not now")
 
 
-@pytest.mark.parametrize("number", [10**400, Decimal("sNaN"), np.array([0.5, 0.5]), Unwilling()])
+@pytest.mark.parametrize(
+    "number",
+    [10**400, Decimal("sNaN"), np.array([0.5, 0.5]), Unwilling()],
+    ids=["too large", "signalling", "two numbers", "raises"],
+)
 @pytest.mark.parametrize("field", ["reward", "score"])
 def test_a_number_that_has_no_floating_point_value_breaks_the_contract(field: str, number: Any):
     answer = replace(Step(observation=Observation(text="x"), reward=0.0, terminated=False), **{field: number})

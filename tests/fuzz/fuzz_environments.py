@@ -71,19 +71,6 @@ def scienceworld_actions(folder: Path) -> Iterator[Throw]:
     yield from _steps("scienceworld", {"tasks": ["find-animal", "boil", "power-component"]})
 
 
-@target("actions in household games", bounded=20, full=300, seconds=120, has_workers=True)
-def household_actions(folder: Path) -> Iterator[Throw]:
-    options = {
-        "counts": {"train": 1, "iid": 0, "ood": 0},
-        "max_receptacles": 6,
-        "max_copies": 1,
-        "density": 0.2,
-        "task_types": ["pick_and_place_simple"],
-        "cache": str(folder / "games"),
-    }
-    yield from _steps("household", options)
-
-
 @target(
     "replies of environments, through pool, rollout, packing and run folder", bounded=25, full=300, has_workers=True
 )
