@@ -27,8 +27,9 @@ from epo.training.checkpoint import choose_checkpoint, newest_checkpoint, refuse
 from epo.training.checksums import SUMS_FILE
 from epo.training.learner import Learner
 from epo.training.policy import Policy, load_policy
+from epo.training.preparation import prepare_suite
 from epo.training.run_folder import RunFolder
-from epo.training.session import open_pool, prepare_suite, quiet_libraries
+from epo.training.session import open_pool, quiet_libraries
 from epo.training.trainer import Trainer, control_of, make_collector
 
 
@@ -206,7 +207,7 @@ def checkpoints(folder: Path) -> Iterator[Throw]:
         "steps": 3,
     }
     config = parse_config(tree)
-    suite = prepare_suite(config)
+    suite = prepare_suite(config, _Deaf())
     whole, here = folder / "whole", folder / "run"
     damages = _damages()
     with bounded_memory(8), open_pool(config) as pool:
