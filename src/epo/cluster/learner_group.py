@@ -16,6 +16,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from epo.cluster.events import EventLog
+from epo.cluster.file_meeting import FileMeeting
 from epo.cluster.learner_rank import Mailbox, RankSettings, work
 from epo.cluster.weights import Files, Weights, write_files
 from epo.config import Config
@@ -36,12 +37,13 @@ class LearnerGroup:
     Args:
         model: files of the policy to go on with.
         start: files of the policy that training began with; None where it is the same, or nothing refers to it.
+        is_local: all ranks are on this machine, so none needs to listen for others.
 
     Raises:
         UserError: the ranks do not start in time; from the first call.
     """
 
-    def __init__(self, config: Config, *, model: Files, start: Files | None, events: EventLog) -> None:
+    def __init__(self, config: Config, *, model: Files, start: Files | None, events: EventLog, is_local: bool) -> None:
         cluster = config.cluster
         self._events = events
         self._config = cluster
@@ -61,6 +63,9 @@ class LearnerGroup:
         self._folder = tempfile.TemporaryDirectory()
         is_on_gpu = cluster.learner_gpus > 0
         resources = {"CPU": cluster.learner_cpus} | ({"GPU": cluster.learner_gpus} if is_on_gpu else {})
+        torch_config = TorchConfig(backend="nccl" if is_on_gpu else "gloo", timeout_s=int(cluster.learner_seconds))
+        if is_local:
+            torch_config = FileMeeting(**torch_config.to_dict(), folder=self._folder.name)
         trainer = TorchTrainer(
             lambda: work(settings),
             scaling_config=ScalingConfig(
@@ -69,7 +74,7 @@ class LearnerGroup:
                 resources_per_worker=resources,
                 placement_strategy="SPREAD",
             ),
-            torch_config=TorchConfig(backend="nccl" if is_on_gpu else "gloo", timeout_s=int(cluster.learner_seconds)),
+            torch_config=torch_config,
             # What was learnt since the newest checkpoint is gone with a rank: the trainer goes back to it.
             run_config=RunConfig(storage_path=self._folder.name, failure_config=FailureConfig(max_failures=0)),
         )

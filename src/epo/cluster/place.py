@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import secrets
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -51,7 +52,7 @@ class RayCluster:
     @classmethod
     @contextmanager
     def connected(cls, address: str, config: Config, observer: Observer) -> Iterator[RayCluster]:
-        """Connect to the cluster at `address`, or start one on this machine's loopback for `local`.
+        """Connect to the cluster at `address`, or for `local` start one on this machine's loopback, with a token.
 
         Raises:
             UserError: there is no cluster at that address.
@@ -62,6 +63,11 @@ class RayCluster:
             # Read when Ray is imported: without it every server listens on all of the machine's addresses. The name is
             # from where it is the default.
             os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+            os.environ |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), _loopback_interface())
+            # Other users of this machine reach its loopback, too. Known to this run's processes only: Ray's own token
+            # would be the same for every run, in a file. Kept where it is set, for who wants to use Ray's own tools.
+            os.environ["RAY_AUTH_MODE"] = "token"
+            os.environ["RAY_AUTH_TOKEN"] = os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)
             # Ray's workers would yield to everything else on the machine (19 is lowest, 15 its default).
             os.environ.setdefault("RAY_worker_niceness", "0")
             options["include_dashboard"] = False
@@ -112,7 +118,8 @@ class RayCluster:
 
                 self._observer.begin(f"start {cluster.learners} learner ranks", cluster.learners)
                 first = policy_files(start) if start not in (None, policy) and config.algorithm.kl_coefficient else None
-                learner = stack.enter_context(closing(LearnerGroup(config, model=model, start=first, events=events)))
+                group = LearnerGroup(config, model=model, start=first, events=events, is_local=self._address == "local")
+                learner = stack.enter_context(closing(group))
                 weights = learner.weights
             else:
                 learner = Learner(policy, config, control_of(config), start_policy=start)
@@ -121,6 +128,11 @@ class RayCluster:
             collector = ClusterCollector(config, model=model, weights=weights, events=events)
             stack.enter_context(closing(collector))
             yield Parts(learner, collector, f"{config.sampler.name}, in {cluster.workers} rollout workers")
+
+
+def _loopback_interface() -> str:
+    """Its name; torch's collectives would take the one that this machine's name stands for."""
+    return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "lo")
 
 
 def _require_answer(address: str) -> None:
