@@ -12,11 +12,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from epo.objectives import gather_tokens, make_control, trajectory_weights
+from epo.objectives.ranks import gather_numbers
 
 TRAJECTORIES = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
 TURNS = torch.tensor([0, 1, 1, 0, 0, 0, 2, 2])
 ENTROPY = torch.tensor([[0.3, 1.2, 0.1, 0.9, 2.0, 0.4, 0.6, 1.7], [0.2, 2.2, 0.5, 0.1, 1.0, 0.9, 1.6, 0.3]]).double()
 PARTS = (slice(0, 5), slice(5, 5), slice(5, 8))
+NUMBERS = ({"a": 0.1 + 0.2, "b": -0.0, "c\n": 1e-310}, {}, {"b": float("nan"), "a": float("-inf"), "d": 1 / 3})
 METHODS = {"epo_strong": {}, "epo": {"reference": "per_turn"}, "epo_release": {}}
 
 
@@ -43,6 +45,8 @@ def updates(part: slice) -> dict[str, object]:
 def rank_main(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=len(PARTS))
     Path(folder, f"{rank}.json").write_text(json.dumps(updates(PARTS[rank])))
+    numbers = gather_numbers(NUMBERS[rank], device=torch.device("cpu"))
+    Path(folder, f"{rank}.numbers").write_text(repr(numbers))
     dist.barrier()
     # What was to be saved is saved. Threads of gloo may still run, and would abort an interpreter that shuts down.
     os._exit(0)
@@ -56,6 +60,9 @@ def test_three_ranks_equal_one(tmp_path: Path) -> None:
         for rank, part in zip(ranks, PARTS, strict=True):
             assert rank[method]["state"] == alone[method]["state"]
             assert rank[method]["gradients"] == [g[part] for g in alone[method]["gradients"]]
+    for rank in range(len(PARTS)):
+        assert (tmp_path / f"{rank}.numbers").read_text() == repr(list(NUMBERS))
+    assert repr(gather_numbers(NUMBERS[0], device=torch.device("cpu"))) == repr([NUMBERS[0]])
 
 
 def test_tensors_must_be_aligned() -> None:

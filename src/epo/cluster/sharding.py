@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from epo.objectives.ranks import gather_numbers
 from epo.training.adapters import AdapterTrunk
 from epo.training.policy import Critic, Policy
 from epo.training.ranks import Ranks, holders_of
@@ -58,10 +59,8 @@ class ShardedRanks(Ranks):
         return summed_N
 
     def totals(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, dict(metrics))
         summed: dict[str, float] = defaultdict(float)
-        for part in found:
+        for part in gather_numbers(metrics, device=self._device):
             for name, value in part.items():
                 summed[name] += value
         return dict(summed)

@@ -5,7 +5,8 @@ Legend for tensor suffixes: _N trained tokens of all ranks, _R those of this ran
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -64,3 +65,17 @@ def gather_tokens(*tensors_R: Tensor, group: dist.ProcessGroup | None = None) ->
         gathered.append(torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)]))
     start = sum(lengths[:rank])
     return Gathered(tuple(gathered), slice(start, start + lengths[rank]))
+
+
+def gather_numbers(numbers: Mapping[str, float], *, device: torch.device) -> list[dict[str, float]]:
+    """Every rank's numbers, to the last bit and in the order of the ranks; their names may differ.
+
+    As text in a tensor: torch's collectives for objects send pickles.
+
+    Args:
+        device: on which the ranks' backend communicates.
+    """
+    line = json.dumps(dict(numbers)).encode() + b"\n"
+    (text_N,), _ = gather_tokens(torch.tensor(list(line), dtype=torch.uint8, device=device))
+    text = bytes(cast("list[int]", text_N.tolist()))  # pyright: ignore[reportUnknownMemberType]
+    return [json.loads(line) for line in text.splitlines()]

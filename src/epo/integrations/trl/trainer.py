@@ -17,7 +17,6 @@ from typing import Any, cast
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -27,6 +26,7 @@ from epo.integrations.trl.compatibility import GRPOTrainer, check_instance, inst
 from epo.integrations.trl.config import EPOConfig
 from epo.integrations.trl.tokens import turn_ids, turn_metrics
 from epo.objectives import EntropyControl, gather_tokens, trajectory_weights
+from epo.objectives.ranks import gather_numbers
 
 STATE_FILE = "epo_state.json"
 """Beside TRL's files in every checkpoint."""
@@ -196,7 +196,7 @@ class EPOTrainer(GRPOTrainer):
     def _end_rl_step(self) -> None:
         own = [torch.cat(part) for part in zip(*self._drawn, strict=True)]
         (entropy_N, trajectories_N, turns_N), _ = gather_tokens(*own)
-        parts = gather_object([dict(self._term_metrics)])
+        parts = gather_numbers(self._term_metrics, device=entropy_N.device)
         metrics = {name: math.fsum(part[name] for part in parts) for name in self._term_metrics}
         for name, value in {**metrics, **turn_metrics(entropy_N, trajectories_N, turns_N)}.items():
             self._metrics["train"][name].append(value)
