@@ -74,11 +74,13 @@ fuzz: $(VENV)/.test
 soak: $(VENV)/.test
 	OMP_NUM_THREADS=1 nice -n 10 $(BIN)/python benchmarks/soak.py
 
-# In an environment of its own, which needs nothing but the list of versions.
+# In an environment of its own, which needs nothing but the lists of versions. One list at a time: they are of separate
+# environments, with other versions of the same packages. All of them, also when one has a finding.
 audit:
 	@test -x .venv-audit/bin/pip-audit || { $(PYTHON) -m venv .venv-audit && \
 	  .venv-audit/bin/python -m pip --disable-pip-version-check install --quiet 'pip-audit==2.10.1'; }
-	.venv-audit/bin/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
+	@failed=0; for list in constraints.txt requirements/*.txt; do echo "$$list"; \
+	  .venv-audit/bin/pip-audit --strict --disable-pip --no-deps --requirement "$$list" || failed=1; done; exit $$failed
 
 # An environment of its own: fully pinned, and without resolving, so that no other build of torch comes in.
 crosscheck: .venv-crosscheck/.installed
