@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import operator
 import re
 import sys
 from collections.abc import Collection, Sequence
@@ -41,6 +42,7 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "findings.md"
 WINDOW = 0.2
 RESAMPLES = 10_000
+OF_THE_CLOCK = re.compile(r"time/|memory/|tokens/per_second")
 SHORTEST_PANEL = 24
 """Episodes: below that a mean over five seeds is known to no better than about 0.1."""
 
@@ -192,15 +194,41 @@ def search_table(sweep: str) -> str:
     return "\n".join(["| method | settings: success in training (oscillation), best first |", "| --- | --- |", *rows])
 
 
+def repeats_table(sources: Sequence[str]) -> str:
+    """A line for each of several runs of one seed: how long each goes as the first one does, and where it ends."""
+    runs = runs_of(sources)
+    first = fingerprints(runs[0])
+    lines = ["| run | workers | steps as in the first | success, training | oscillation | highest entropy |"]
+    lines.append("| --- " * 6 + "|")
+    for run in runs:
+        equal = sum(1 for _ in itertools.takewhile(bool, map(operator.eq, first, fingerprints(run))))
+        numbers = (
+            str(run.config["environment"]["workers"]),
+            f"{equal} of {len(first)}",
+            f"{window_mean(run, TRAINING, window=WINDOW):.2f}",
+            f"{oscillation_of_entropy(run):.3f}",
+            f"{max(metric_by_step(run, 'entropy/mean').values()):.2f}",
+        )
+        lines.append("| " + " | ".join([f"`{run.path.parent.name}/{run.name}`", *numbers]) + " |")
+    return "\n".join(lines)
+
+
+def fingerprints(run: RunData) -> list[tuple[float | None, ...]]:
+    """Of every step all that was logged but what the clock says."""
+    columns = [values for name, values in sorted(run.metrics.items()) if not OF_THE_CLOCK.match(name)]
+    return list(zip(*columns, strict=True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare only; exit code 1 where page and data differ")
     arguments = parser.parse_args()
     page = PAGE.read_text(encoding="utf-8")
-    marker = re.compile(r"<!-- (table|search) of (.+?) -->\n.*?<!-- end -->", re.DOTALL)
+    marker = re.compile(r"<!-- (table|search|repeats) of (.+?) -->\n.*?<!-- end -->", re.DOTALL)
+    makers = {"table": table, "search": lambda sources: search_table(sources[0]), "repeats": repeats_table}
 
     def fill(found: re.Match[str]) -> str:
-        made = table(found[2].split()) if found[1] == "table" else search_table(found[2])
+        made = makers[found[1]](found[2].split())
         return f"<!-- {found[1]} of {found[2]} -->\n\n{made}\n\n<!-- end -->"
 
     filled = marker.sub(fill, page)
