@@ -28,7 +28,8 @@ class FileMeeting(TorchConfig):
 
 
 class _FileBackend(_TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: FileMeeting) -> None:
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        assert isinstance(backend_config, FileMeeting)
         worker_group.execute(_set_torch_distributed_env_vars)
         file = Path(backend_config.folder) / uuid.uuid4().hex  # a new one: an old one's entries would be believed
         size = len(worker_group)
