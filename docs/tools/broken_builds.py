@@ -39,8 +39,6 @@ def _builds(page: str, *, left_out: str | None = None) -> bool:
     """Whether a strict build of a small site, with our settings, ends well."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        (root / "docs").mkdir()
-        (root / "data").mkdir()
         texts = {
             "docs/one.md": page,
             "docs/two.md": "# Two\n\n## A part\n",
@@ -49,9 +47,11 @@ def _builds(page: str, *, left_out: str | None = None) -> bool:
             "README.md": "# Read me\n\n[one](docs/one.md)\n",
             "CONTRIBUTING.md": "# Contributing\n",
             "CHANGELOG.md": "# Changes\n",
+            "benchmarks/results/README.md": "# Kept\n\n[one](../../docs/one.md) [readme](../../README.md)\n",
             "mkdocs.yml": _settings(),
         } | ({} if left_out is None else {"docs/three.md": left_out})
         for name, text in texts.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_text(text, encoding="utf-8")
         command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", str(root / "mkdocs.yml")]
         return subprocess.run(command, capture_output=True, timeout=120).returncode == 0
@@ -59,7 +59,7 @@ def _builds(page: str, *, left_out: str | None = None) -> bool:
 
 def _settings() -> str:
     hooks = "".join(f"  - {ROOT / 'docs' / 'tools' / name}\n" for name in ("links.py", "formulas.py"))
-    pages = ("one", "two", "readme", "contributing", "changelog")
+    pages = ("one", "two", "readme", "contributing", "changelog", "kept-results")
     return (
         f"INHERIT: {ROOT / 'mkdocs.yml'}\nhooks:\n{hooks}extra_css: []\nextra: {{polyfills: []}}\n"
         f"plugins:\n  mkdocstrings: {{handlers: {{python: {{paths: [{ROOT / 'src'}]}}}}}}\n"

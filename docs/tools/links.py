@@ -2,8 +2,8 @@
 
 A page links to `../benchmarks/results/cost.json` by the path that a reader of the repository needs. The site gets a
 copy of every such file under `repository/`, and a list for every such folder, so that it is whole by itself. A target
-that does not exist is left to mkdocs, which warns of it, and a strict build fails. `README.md`, `CONTRIBUTING.md` and
-`CHANGELOG.md` become pages.
+that does not exist is left to mkdocs, which warns of it, and a strict build fails. `README.md`, `CONTRIBUTING.md`,
+`CHANGELOG.md` and the table of kept results become pages.
 """
 
 from __future__ import annotations
@@ -18,9 +18,14 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 OUTSIDE = re.compile(r"\]\((\.\./[^)\s#]+)")
-FROM_ROOT = re.compile(r"\]\((?![a-z]+:|#)")
+RELATIVE = re.compile(r"\]\((?![a-z]+:|#)([^)\s]+)")
 NAMED_BY_FILE = re.compile(r">([a-z0-9-]+)\.md</a>")
-PAGES = {"README.md": "readme.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+PAGES = {
+    "README.md": "readme.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "benchmarks/results/README.md": "kept-results.md",
+}
 COPIES = "repository"
 IGNORED = {"__pycache__", ".pytest_cache"}
 
@@ -29,8 +34,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages that lie beside `docs/`, and what pages link to outside of it."""
     root = Path(config.docs_dir).parent
     for name, uri in PAGES.items():
-        text = FROM_ROOT.sub("](../", (root / name).read_text(encoding="utf-8")).replace("](../docs/", "](")
-        files.append(File.generated(config, uri, content=text))
+        folder = posixpath.join("..", posixpath.dirname(name))
+        text = RELATIVE.sub(
+            lambda link, folder=folder: f"]({posixpath.normpath(posixpath.join(folder, link[1]))}",
+            (root / name).read_text(encoding="utf-8"),
+        )
+        files.append(File.generated(config, uri, content=text.replace("](../docs/", "](")))
     linked = {uri: root / uri.removeprefix("../") for uri in _targets(files) - {f"../{name}" for name in PAGES}}
     copies = {uri: path for uri, path in linked.items() if path.is_file()}
     for uri, folder in linked.items():
