@@ -201,6 +201,7 @@ def test_greedy_through_a_server_is_greedy_here(epo: Epo):
         there = epo(*arguments(stub, *panels, "--out", "kept"))
     assert here.code == there.code == 0, there.err
     expected, found = json.loads(here.out), json.loads(there.out)
+    assert expected.pop("provenance")["model"] == str(folder)
     assert {split: {key: found[split][key] for key in expected[split]} for split in expected} == expected
     assert len({panel["score"] for panel in expected.values()}) > 1
     records = [json.loads(line) for line in Path("kept/trajectories/step_000000.jsonl").read_text().splitlines()]

@@ -119,7 +119,7 @@ def _load_optimizer(optimizer: Optimizer, tensors: Iterator[tuple[str, Tensor]],
             raise ValueError(f"optimizer: {key} is {list(value.shape)}, its parameter asks for {list(shape)}")
         state.setdefault(int(index), {})[name] = ranks.part(value, like) if name != "step" else value
     for index, entries in state.items():
-        if entries.keys() != _OF_A_PARAMETER:
+        if isinstance(optimizer, torch.optim.AdamW) and entries.keys() != _OF_A_PARAMETER:
             raise ValueError(f"optimizer: of parameter {index} it has {', '.join(sorted(entries))}")
     # Groups (parameters, learning rates, betas) come from the configuration; only the moments are restored.
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
