@@ -45,6 +45,7 @@ from epo.training import session, trainer
 from epo.training.checkpoint import checkpoints, is_whole
 from epo.training.checksums import SUMS_FILE
 from epo.training.learner import Learner
+from epo.training.provenance import commit_of_code
 from epo.training.run_folder import RunFolder
 
 COMMON = (
@@ -341,7 +342,7 @@ def main() -> None:
     result = {
         "what": __doc__.splitlines()[0] if __doc__ else "",
         "command": f"python benchmarks/kill_runs.py --kills {options.kills} --seed {options.seed} --out FILE",
-        "commit": session.commit_of_code(),
+        "commit": commit_of_code(),
         "kills": len(kills),
         "by_phase": dict(Counter(kill["phase"] for kill in kills)),
         "by_way": dict(Counter(kill["how"] for kill in kills)),
